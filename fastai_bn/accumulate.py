@@ -157,7 +157,7 @@ def _backward(cb:AccumulateGradBN, learn:Learner):
     cb._micro.backward = True
     with capture_moments(cb._layers): type(learn)._backward(learn)
 
-# %% ../nbs/01_accumulate.ipynb #8b4d4bcc
+# %% ../nbs/01_accumulate.ipynb #48f5378b
 @patch
 def after_loss(self:AccumulateGradBN):
     "Scale the loss to its share of the window"
@@ -166,7 +166,7 @@ def after_loss(self:AccumulateGradBN):
     if d is not None and not 0 <= (d := float(d)) < math.inf:
         raise ValueError(f"weight(pred, *yb) returned {d}: the denominator of a batch's loss is a number of at least 0")
     self._micro.denominator = d
-    if d == 0: self.learn.loss = torch.full_like(self.loss_grad.detach(), self._smooth_loss())
+    if d == 0: self.learn.loss = torch.full_like(self.learn.loss, self._smooth_loss(), requires_grad=False)
     if not d: return
     if w.scale is None: w.scale = d*self.n_step
     self.learn.loss_grad = self.loss_grad * (d/w.scale)

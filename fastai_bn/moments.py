@@ -124,12 +124,12 @@ class BNCapture:
         "The moments of all that each layer saw"
         return reduce(merge_moments, map(_as_moments, self._uses), {})
 
-# %% ../nbs/00_moments.ipynb #5589c656
+# %% ../nbs/00_moments.ipynb #467c9424
 def _as_moments(uses:dict) -> dict[str,Moments]:
     "Moments from counts, means and unbiased variances"
     uses = {k:o for k,o in uses.items() if o[0]}
     wide = lambda t: t.to(torch.float32 if t.device.type=='mps' else torch.float64)
-    return {k:Moments(n, wide(mean), wide(var).mul_(n-1)) for k,(n,mean,var) in uses.items()}
+    return {k:Moments(n, wide(mean), wide(var)*(n-1)) for k,(n,mean,var) in uses.items()}
 
 def merge_moments(
     a:dict[str,Moments], # Moments by layer name
