@@ -7,7 +7,7 @@ ARGS   ?=
 export PATH := $(abspath $(BIN)):$(PATH)
 export MPLBACKEND ?= agg
 
-.PHONY: demo test pytest notebooks sync check setup clean
+.PHONY: demo test pytest notebooks outputs sync check setup clean
 demo: $(READY)
 	$(BIN)/python -m fastai_bn.demo $(ARGS)
 
@@ -18,6 +18,9 @@ pytest: $(READY)
 
 notebooks: $(READY)
 	$(BIN)/nbdev-test --n-workers 2
+
+outputs: $(READY)       # run the notebooks and store their outputs
+	$(BIN)/python tools/outputs.py
 
 sync: $(READY)          # notebooks -> modules, README.md; notebooks cleaned
 	$(BIN)/python tools/sync.py

@@ -241,10 +241,10 @@ def test_multi_input_learner():
     np.testing.assert_allclose(learn.model.bn.running_var, reference([2*xs])[1], rtol=1e-5)
 
 def test_bar(capsys):
-    x = tilted(12)
-    precise_bn(first_bn(), x.split(4), progress=True)
+    x = torch.utils.data.DataLoader(tilted(12), batch_size=4)
+    precise_bn(first_bn(), x, progress=True)
     assert '[4/12' in (out := capsys.readouterr().out) and '[12/12' in out
-    precise_bn(first_bn(), x.split(4), progress=False)
+    precise_bn(first_bn(), x, progress=False)
     assert capsys.readouterr().out == ''
 
 # --- Bad input
