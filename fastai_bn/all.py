@@ -12,3 +12,7 @@ from .moments import *
 from .accumulate import *
 from .precise import *
 from .hpa import *
+
+# %% ../nbs/all.ipynb #719dfee5
+from . import accumulate, hpa, moments, precise
+__all__ = [o for m in (moments, accumulate, precise, hpa) for o in m.__all__]

@@ -39,9 +39,13 @@ def _dls(a:argparse.Namespace, bs:int) -> DataLoaders:
     split = {} if (Path(a.images)/'train').is_dir() else dict(valid_pct=.2, seed=0)
     return ImageDataLoaders.from_folder(a.images, item_tfms=Resize(a.size), **split, **kw)
 
-# %% ../nbs/09_demo.ipynb #cfae9bf1
-def macro_f1(pred:Tensor, targ:Tensor, thresh:float=.3) -> float:
-    "F1 averaged over the labels that occur in `targ`. `pred`: probabilities [N, L]. `targ`: [N, L] of 0 and 1, or class numbers [N]"
+# %% ../nbs/09_demo.ipynb #793aa5d1
+def macro_f1(
+    pred:Tensor,      # Probabilities, shape [N, L]
+    targ:Tensor,      # 0 and 1 of shape [N, L], or class numbers of shape [N]
+    thresh:float=.3,  # Several labels: those above it are predicted
+) -> float:           # From 0 to 1
+    "F1 averaged over the labels that occur in `targ`"
     if targ.dim() == 1: hit,targ = F.one_hot(pred.argmax(1), pred.shape[1]),F.one_hot(targ, pred.shape[1])
     else: hit = pred > thresh
     hit,targ = hit.bool(),targ.bool()
@@ -129,7 +133,7 @@ def run(
     print(f'\n{table.round(dict(seconds=1)).round(3).to_string()}\n\nTable and picture: {out/"demo.csv"}, {out/"demo.png"}')
     return table
 
-# %% ../nbs/09_demo.ipynb #99d5589a
+# %% ../nbs/09_demo.ipynb #c7c0157f
 def parser() -> argparse.ArgumentParser: # Of `python -m fastai_bn.demo`
     "The demo's arguments"
     p = argparse.ArgumentParser(prog='python -m fastai_bn.demo', description='Train a small ResNet with a real batch and with micro-batches, '
@@ -146,7 +150,9 @@ def parser() -> argparse.ArgumentParser: # Of `python -m fastai_bn.demo`
     p.add_argument('--out', default='fastai_bn_demo', help='folder for the table and the picture')
     return p
 
-def main(args=None):
+def main(
+    args:list=None, # Command line; None: that of the process
+):
     "`python -m fastai_bn.demo`: errors in the data or the arguments are a line, not a traceback"
     p = parser()
     a = p.parse_args(args)

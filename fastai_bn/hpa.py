@@ -18,7 +18,7 @@ from scipy import ndimage as ndi
 from fastai.vision.all import *
 
 # %% auto #0
-__all__ = ['HPA_LABELS', 'TensorHPA', 'show_batch', 'LoadHPA', 'HPADataLoaders', 'make_hpa']
+__all__ = ['HPA_LABELS', 'TensorHPA', 'LoadHPA', 'HPADataLoaders', 'make_hpa']
 
 # %% ../nbs/08_hpa.ipynb #9d644a0f
 #: The 28 labels of the Kaggle competition of 2018, in the order of their numbers
@@ -73,14 +73,14 @@ class TensorHPA(TensorImage):
         "Show the composite"
         return show_image(self.composite(getattr(self, 'channels', 'rgby'[:len(self)])), ctx=ctx, **kwargs)
 
-# %% ../nbs/08_hpa.ipynb #3b12e2fc
+# %% ../nbs/08_hpa.ipynb #a9facd31
 @dispatch
 def show_batch(x:TensorHPA, y:TensorMultiCategory, samples, ctxs=None, max_n=9, nrows=None, ncols=None, figsize=None, **kwargs):
     if ctxs is None: ctxs = get_grid(min(len(samples), max_n), nrows=nrows, ncols=ncols, figsize=figsize)
     one_a_line = L((im, TitledStr('\n'.join(labels))) for im,labels in samples)  # Names are long, and there may be four
     return get_show_batch_func(object)(x, y, one_a_line, ctxs=ctxs, max_n=max_n, **kwargs)
 
-# %% ../nbs/08_hpa.ipynb #d59ec9c2
+# %% ../nbs/08_hpa.ipynb #c4e4a688
 class LoadHPA(DisplayedTransform):
     "Load the channels of image `Id` from `folder` as a `TensorHPA`, resized to `size`"
     def __init__(self,
@@ -94,10 +94,7 @@ class LoadHPA(DisplayedTransform):
         if len(sizes) > 1: raise ValueError(f"Id {i!r}: its channels differ in size: " + ', '.join(f'{_colours[c]} {o.shape[1]}x{o.shape[0]}' for c,o in zip(self.channels,ims)))
         x = torch.from_numpy(np.stack(ims))
         if x.shape[1:] != (self.size,)*2: x = F.interpolate(x[None], (self.size,)*2, mode='bilinear', antialias=True, align_corners=False)[0].clamp(0, 1)
-        return TensorHPA(x)
-    def decodes(self, x:TensorHPA):
-        x.channels = self.channels
-        return x
+        return TensorHPA(x, channels=self.channels)
     def _open(self, f:Path) -> np.ndarray:
         "One channel, float32 from 0 to 1; of an image in RGB the mean"
         try:

@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% auto #0
-__all__ = ['Moments', 'bn_layers', 'patched', 'BNCapture', 'merge_moments', 'capture_moments', 'update_running_stats']
+__all__ = ['Moments', 'bn_layers', 'BNCapture', 'merge_moments', 'capture_moments', 'update_running_stats']
 
 # %% ../nbs/00_moments.ipynb #1f369e3c
 def _merge(a:list[Moments], b:list[Moments]) -> list[Moments]:
@@ -71,9 +71,9 @@ def _counts(m:nn.Module) -> bool:
     "Would a forward pass of `m` update its running statistics?"
     return m.training and m.track_running_stats and m.running_mean is not None
 
-# %% ../nbs/00_moments.ipynb #01b320bd
+# %% ../nbs/00_moments.ipynb #843fb456
 @contextmanager
-def patched(
+def _patched(
     obj,      # Any object with a `__dict__`
     name:str, # The attribute
     value,    # What it is within
@@ -87,7 +87,7 @@ def patched(
         if before is missing: obj.__dict__.pop(name, None)
         else: obj.__dict__[name] = before
 
-# %% ../nbs/00_moments.ipynb #26d1996c
+# %% ../nbs/00_moments.ipynb #9c766769
 @contextmanager
 def _scratch(m:nn.Module):
     "Within, `m`'s running statistics are scratch buffers that take a batch's mean and unbiased variance as they are"
@@ -96,7 +96,7 @@ def _scratch(m:nn.Module):
     m._buffers.update(running_mean=mean, running_var=var,
                       num_batches_tracked=torch.zeros((), dtype=torch.long, device=mean.device))
     try:
-        with patched(m, 'momentum', 1.): yield mean,var
+        with _patched(m, 'momentum', 1.): yield mean,var
     finally: m._buffers.update(buffers)
 
 # %% ../nbs/00_moments.ipynb #b6ba8068
@@ -156,7 +156,7 @@ def _capturing(name:str, m:nn.Module, cap:BNCapture):
     forward._inner = inner
     return forward
 
-# %% ../nbs/00_moments.ipynb #4ed4adea
+# %% ../nbs/00_moments.ipynb #a49acad5
 @contextmanager
 def capture_moments(
     layers:dict[str,nn.Module], # BN layers by name, as `bn_layers` gives them
@@ -164,7 +164,7 @@ def capture_moments(
     "Within, `layers` in training mode leave their moments in the `BNCapture` that is yielded, not in the running statistics"
     cap = BNCapture()
     with ExitStack() as stack:
-        for n,m in layers.items(): stack.enter_context(patched(m, 'forward', _capturing(n, m, cap)))
+        for n,m in layers.items(): stack.enter_context(_patched(m, 'forward', _capturing(n, m, cap)))
         yield cap
 
 # %% ../nbs/00_moments.ipynb #29ad07d4

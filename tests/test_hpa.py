@@ -1,0 +1,191 @@
+import filecmp
+
+import numpy as np, pandas as pd, pytest, torch
+from PIL import Image
+from fastai.vision.all import aug_transforms, load_learner, resnet18, vision_learner
+
+from fastai_bn.hpa import *
+from fastai_bn.hpa import _draw, _drawn, _read_csv, _split
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory): return make_hpa(tmp_path_factory.mktemp('hpa'), n=60, size=64, masks=True)
+
+@pytest.fixture
+def small(tmp_path): return make_hpa(tmp_path/'d', n=4, size=32)
+
+def rewrite(path, **cols): pd.DataFrame(cols).to_csv(path/'train.csv', index=False)
+def ids(path): return list(pd.read_csv(path/'train.csv', dtype=str).Id)
+
+
+# --- Drawing
+
+def test_layout(made):
+    df = pd.read_csv(made/'train.csv', dtype=str)
+    assert list(df.columns) == ['Id','Target'] and len(df) == 60 and df.Id.is_unique
+    assert {f.name for f in (made/'train').iterdir()} == {f'{i}_{c}.png' for i in df.Id for c in ('red','green','blue','yellow')}
+    im = Image.open(made/'train'/f'{df.Id[0]}_green.png')
+    assert im.size == (64,64) and im.mode == 'L'
+    n = df.Target.str.split().map(len)
+    assert set(n) <= {1,2,3} and set(n) >= {1,2}
+    assert len(_drawn) >= 10 and all(0 <= int(o) < 28 for t in df.Target for o in t.split())
+
+def test_same_seed_same_files_other_seed_others(tmp_path, made):
+    a = make_hpa(tmp_path/'a', n=3, size=64)  # the first three of `made`
+    assert all(filecmp.cmp(f, made/'train'/f.name, shallow=False) for f in (a/'train').iterdir())
+    b = make_hpa(tmp_path/'b', n=3, size=64, seed=1)
+    assert not set(ids(a)) & set(ids(b))
+    x,y = [np.asarray(Image.open(p/'train'/f'{ids(p)[0]}_blue.png')) for p in (a,b)]
+    assert (x != y).any()
+
+def test_labels_are_unbalanced(tmp_path):
+    t = [l for k in range(400) for l in np.random.default_rng([0,k]).choice(list(_drawn), p=np.array(list(_drawn.values()))/sum(_drawn.values()), size=1)]
+    n = np.bincount(t, minlength=28)
+    assert n.max() > 8*n[n>0].min()
+
+def test_masks_are_the_nuclei(made):
+    for i in ids(made)[:5]:
+        m,blue = np.asarray(Image.open(made/'masks'/f'{i}.png')),np.asarray(Image.open(made/'train'/f'{i}_blue.png')).astype(float)
+        assert m.shape == blue.shape and m.max() >= 2 and blue[m>0].mean() > 2*blue[m==0].mean()
+
+def test_labels_can_be_told_apart(tmp_path):
+    "The protein's share inside nucleus, at its rim and outside differs by label"
+    def share(l):
+        rng = np.random.default_rng(0)
+        x,nuc = _draw(rng, [l], 64, 0.)
+        g = x[1]-np.median(x[1]); return g[nuc>0].mean()-g[nuc==0].mean()
+    assert share(0) > .1 and share(25) < -.02 and share(0) > 2*share(1)
+
+def test_exposure_varies_and_lab_shift_shifts(tmp_path, made):
+    other = make_hpa(tmp_path/'o', n=20, size=64, lab_shift=1.)
+    m = lambda p: np.array([[np.asarray(Image.open(p/'train'/f'{i}_{c}.png')).mean() for c in ('red','green','blue','yellow')] for i in ids(p)[:20]])
+    a,b = m(made),m(other)
+    assert (a.std(0)/a.mean(0) > .15).all()
+    assert (np.abs(a.mean(0)-b.mean(0)) > a.std(0)/2).any()
+
+def test_bar(tmp_path, capsys):
+    make_hpa(tmp_path, n=2, size=16)
+    assert '2/2' in capsys.readouterr().out
+
+@pytest.mark.parametrize('kw', [dict(n=0), dict(size=4)])
+def test_make_bad_arguments(tmp_path, kw):
+    with pytest.raises(ValueError, match='at least'): make_hpa(tmp_path, **kw)
+
+
+# --- Loading
+
+def test_batches(made):
+    dls = HPADataLoaders.from_folder(made, size=48, bs=4)
+    xb,yb = dls.one_batch()
+    assert xb.shape == (4,4,48,48) and xb.dtype == torch.float32 and 0 <= xb.min() and xb.max() <= 1
+    assert yb.shape == (4,28) and set(yb.unique().tolist()) == {0.,1.} and dls.c == 28
+    assert list(dls.vocab) == list(HPA_LABELS)
+    assert len(dls.train_ds)+len(dls.valid_ds) == 60 and len(dls.valid_ds) == 12
+
+def test_values_and_channel_order(made):
+    i = ids(made)[0]
+    ref = {c:np.asarray(Image.open(made/'train'/f'{i}_{n}.png'))/255 for c,n in zip('rgby', ('red','green','blue','yellow'))}
+    for channels in ('rgby','g','bgr'):
+        x = LoadHPA(made/'train', 64, channels).encodes(i)
+        np.testing.assert_allclose(x.numpy(), np.stack([ref[c] for c in channels]), atol=1e-6)
+    target = pd.read_csv(made/'train.csv', dtype=str).set_index('Id').Target
+    ds = HPADataLoaders.from_folder(made, size=64).valid_ds
+    for k in range(3): assert ds[k][1].nonzero().flatten().tolist() == sorted(map(int, target[ds.items[k][0]].split()))
+
+def test_16_bit_and_rgb_files(small):
+    i = ids(small)[0]
+    a = np.arange(32*32, dtype=np.uint16).reshape(32,32)*64
+    Image.fromarray(a).save(small/'train'/f'{i}_red.png')
+    Image.fromarray(np.full((32,32,3), 51, np.uint8)).save(small/'train'/f'{i}_green.png')
+    x = LoadHPA(small/'train', 32).encodes(i)
+    np.testing.assert_allclose(x[0].numpy(), a/65535, atol=1e-6)
+    assert torch.allclose(torch.Tensor(x[1]), torch.tensor(.2))
+
+def test_split_is_deterministic_and_nearly_stratified():
+    rng = np.random.default_rng(0)
+    targets = [[str(l)] for l in rng.choice(4, p=[.6,.25,.1,.05], size=400)]
+    tr,va = _split(targets, .2, 42)
+    assert (tr,va) == _split(targets, .2, 42) and va != _split(targets, .2, 43)[1]
+    assert sorted(tr+va) == list(range(400)) and len(va) == 80
+    for l in '0123':
+        n = sum(t==[l] for t in targets)
+        assert abs(sum(targets[i]==[l] for i in va) - .2*n) <= 1
+    assert [len(o) for o in _split([['a'],['b']], .01, 0)] == [1,1]
+
+def test_show_batch_has_a_line_per_label(made):
+    import matplotlib.pyplot as plt
+    dls = HPADataLoaders.from_folder(made, size=32, bs=12, channels='gb')
+    dls.valid.show_batch(max_n=12)
+    titles = [a.get_title() for a in plt.gcf().axes]
+    assert all(set(t.split('\n')) <= set(HPA_LABELS) for t in titles if t) and any('\n' in t for t in titles)
+    rgb = plt.gcf().axes[0].images[0].get_array()
+    assert rgb.shape[-1] == 3 and rgb[...,0].max() == 0 and rgb[...,1].max() > 0  # green and blue only
+    plt.close('all')
+
+def test_training_augmentation_export_predict(made, tmp_path):
+    dls = HPADataLoaders.from_folder(made, size=32, bs=8, batch_tfms=aug_transforms(size=32))
+    learn = vision_learner(dls, resnet18, n_in=4, pretrained=False, normalize=False)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    learn.export(tmp_path/'e.pkl')
+    loaded = load_learner(tmp_path/'e.pkl')
+    with loaded.no_bar(), loaded.no_logging(): labels,_,probs = loaded.predict((ids(made)[0], []))
+    assert probs.shape == (28,) and set(labels) <= set(HPA_LABELS)
+
+
+# --- Bad input names the file or the Id
+
+def test_no_folder_no_csv(tmp_path):
+    with pytest.raises(FileNotFoundError, match='train.csv is missing'): HPADataLoaders.from_folder(tmp_path)
+
+@pytest.mark.parametrize('text,match', [('', 'no csv'), ('Id,Target\n', 'is empty'), ('a,b\n1,2\n', 'needs Id and Target'), ('Id,Target\nx,1\nx,2\n', "'x' stands there more than once")])
+def test_bad_csv(small, text, match):
+    (small/'train.csv').write_text(text)
+    with pytest.raises(ValueError, match=match): HPADataLoaders.from_folder(small)
+
+@pytest.mark.parametrize('i', ['../secret', 'a/b', 'a\\b', '..', '/etc/passwd', '', '.hidden', 'a b', 'C:x', 'x\x00'])
+def test_an_id_with_a_path_in_it(small, i):
+    rewrite(small, Id=['ok', i], Target=['1','2'])
+    with pytest.raises(ValueError, match='Id'): _read_csv(small)
+
+@pytest.mark.parametrize('target,bad', [('28','28'), ('0 -1','-1'), ('1 x','x'), ('1.0','1.0'), ('1,2','1,2'), ('٣','٣'), ('9'*50,'9'*50)])
+def test_a_label_out_of_range(small, target, bad):
+    rewrite(small, Id=['ok','img7'], Target=['1',target])
+    with pytest.raises(ValueError, match=f"Id 'img7' has the label '{bad}'"): _read_csv(small)
+
+def test_no_label_is_fine(small):
+    rewrite(small, Id=['a','b'], Target=['', '3 3'])
+    assert _read_csv(small) == (['a','b'], [[], [HPA_LABELS[3]]])
+
+def test_a_missing_channel(small):
+    f = small/'train'/f'{ids(small)[2]}_yellow.png'
+    f.unlink()
+    with pytest.raises(FileNotFoundError, match=f.name): HPADataLoaders.from_folder(small)
+    HPADataLoaders.from_folder(small, channels='rgb')  # is not needed there
+
+@pytest.mark.parametrize('data', [b'', b'no image', b'\x89PNG\r\n\x1a\n' + b'\0'*40])
+def test_a_broken_png(small, data):
+    f = small/'train'/f'{ids(small)[0]}_blue.png'
+    f.write_bytes(data)
+    with pytest.raises(ValueError, match=f.name): LoadHPA(small/'train').encodes(ids(small)[0])
+
+def test_a_truncated_png(small):
+    f = small/'train'/f'{ids(small)[0]}_blue.png'
+    f.write_bytes(f.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=f.name): LoadHPA(small/'train').encodes(ids(small)[0])
+
+def test_channels_of_different_sizes(small):
+    i = ids(small)[1]
+    Image.new('L', (40,32)).save(small/'train'/f'{i}_green.png')
+    with pytest.raises(ValueError, match=f"'{i}'.*green 40x32"): LoadHPA(small/'train').encodes(i)
+
+@pytest.mark.parametrize('channels', ['', 'rgbx', 'rr', 'RGB'])
+def test_bad_channels(small, channels):
+    with pytest.raises(ValueError, match='channels='): HPADataLoaders.from_folder(small, channels=channels)
+
+@pytest.mark.parametrize('valid_pct', [0, 1, -.1, 2])
+def test_bad_valid_pct(small, valid_pct):
+    with pytest.raises(ValueError, match='valid_pct'): HPADataLoaders.from_folder(small, valid_pct=valid_pct)
+
+def test_a_single_image(small):
+    rewrite(small, Id=ids(small)[:1], Target=['1'])
+    with pytest.raises(ValueError, match='at least 2'): HPADataLoaders.from_folder(small)
