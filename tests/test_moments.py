@@ -7,6 +7,8 @@ from torch import nn
 from fastai_bn.moments import *
 from conftest import F64, conv_net, tilted
 
+def of(moments): return dict(moments.items())
+
 
 @pytest.mark.parametrize('sizes', [(8,), (1,1,1,1,1,1,1,1), (3,5), (1,6,1)])
 def test_merged_parts_are_the_whole(sizes):
@@ -38,11 +40,11 @@ def test_float32_at_mean_5000():
     parts = [Moments.of(o) for o in x.split(2)]
     torch.testing.assert_close(parts[0].merge(*parts[1:]).var().double(), ref, rtol=1e-3, atol=0)
     bn = nn.BatchNorm2d(2)
-    total = {}
+    total = BNMoments()
     for o in x.split(2):
         with capture_moments({'bn':bn}) as cap: bn(o)
-        total = merge_moments(total, cap.moments)
-    torch.testing.assert_close(total['bn'].var(), ref, rtol=1e-3, atol=0)
+        total = total.merge(cap.moments)
+    torch.testing.assert_close(of(total)['bn'].var(), ref, rtol=1e-3, atol=0)
     naive = x.square().mean((0,2,3)) - x.mean((0,2,3))**2
     assert ((naive-ref)/ref).abs().max() > .1
 
@@ -97,8 +99,8 @@ def test_a_layer_used_twice_pools():
     x,y = tilted(4),tilted(2, seed=1)
     with capture_moments({'bn':bn}) as cap: bn(x); bn(y)
     both = Moments.of(torch.cat([x,y]))
-    torch.testing.assert_close(cap.moments['bn'].var(), both.var(), rtol=1e-12, atol=0)
-    assert cap.moments['bn'].count == both.count
+    torch.testing.assert_close(of(cap.moments)['bn'].var(), both.var(), rtol=1e-12, atol=0)
+    assert of(cap.moments)['bn'].count == both.count
 
 def test_what_does_not_count():
     layers = dict(ev=nn.BatchNorm2d(3).eval(), untracked=nn.BatchNorm2d(3, track_running_stats=False), off=nn.BatchNorm2d(3), unused=nn.BatchNorm2d(3))
@@ -107,7 +109,7 @@ def test_what_does_not_count():
     x = tilted(4).float()
     with capture_moments(layers) as cap:
         for k in ('ev','untracked','off'): layers[k](x)
-    assert cap.moments == {}
+    assert of(cap.moments) == {}
     update_running_stats(layers, cap.moments)
     torch.testing.assert_close(before, {k:m.state_dict() for k,m in layers.items()}, rtol=0, atol=0)
 
@@ -115,15 +117,15 @@ def test_empty_batch_counts_for_nothing():
     bn = nn.BatchNorm2d(3).double()
     x = tilted(4)
     with capture_moments({'bn':bn}) as cap: bn(x); bn(x[:0])
-    torch.testing.assert_close(cap.moments['bn'].mean, x.mean((0,2,3)))
+    torch.testing.assert_close(of(cap.moments)['bn'].mean, x.mean((0,2,3)))
 
 def test_nan_does_not_outlive_its_capture():
     bn = nn.BatchNorm2d(3).double()
     x = tilted(4)
     with capture_moments({'bn':bn}) as cap: bn(x*float('nan'))
-    assert cap.moments['bn'].mean.isnan().all()
+    assert of(cap.moments)['bn'].mean.isnan().all()
     with capture_moments({'bn':bn}) as cap: bn(x)
-    assert cap.moments['bn'].mean.isfinite().all() and bn.running_mean.isfinite().all()
+    assert of(cap.moments)['bn'].mean.isfinite().all() and bn.running_mean.isfinite().all()
 
 class Boom(nn.Module):
     def forward(self, x): raise KeyboardInterrupt
@@ -147,16 +149,16 @@ def test_somebody_elses_forward_stays():
     mine = lambda x: (calls.append(1), orig(x))[1]
     bn.forward = mine
     with capture_moments({'bn':bn}) as cap: bn(torch.randn(2,3,4,4))
-    assert calls == [1] and bn.__dict__['forward'] is mine and 'bn' in cap.moments
+    assert calls == [1] and bn.__dict__['forward'] is mine and 'bn' in of(cap.moments)
 
 def test_inner_capture_gets_the_moments():
     bn = nn.BatchNorm2d(3)
     x = torch.randn(2,3,4,4)
     with capture_moments({'bn':bn}) as outer:
         with capture_moments({'bn':bn}) as inner: bn(x)
-        assert inner.moments and not outer.moments
+        assert of(inner.moments) and not of(outer.moments)
         bn(x)
-        assert outer.moments
+        assert of(outer.moments)
     assert 'forward' not in bn.__dict__
 
 def test_one_value_per_channel_names_the_layer():
@@ -168,11 +170,34 @@ def test_half_precision_buffers():
     m = nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4)).bfloat16()
     with capture_moments(bn_layers(m)) as cap: m(torch.randn(8,3,6,6).bfloat16())
     update_running_stats(bn_layers(m), cap.moments)
-    assert m[1].running_var.dtype == torch.bfloat16 and cap.moments['1'].mean.dtype == F64
+    assert m[1].running_var.dtype == torch.bfloat16 and of(cap.moments)['1'].mean.dtype == F64
 
 def test_autocast_and_channels_last():
     m = nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
     x = torch.randn(8,3,6,6).to(memory_format=torch.channels_last)
     with torch.autocast('cpu', dtype=torch.bfloat16), capture_moments(bn_layers(m)) as cap: m(x)
     ref = Moments.of(m[0](x))
-    torch.testing.assert_close(cap.moments['1'].var().float(), ref.var(), rtol=.05, atol=1e-3)
+    torch.testing.assert_close(of(cap.moments)['1'].var().float(), ref.var(), rtol=.05, atol=1e-3)
+
+def test_layers_of_several_dtypes_and_widths():
+    layers = dict(a=nn.BatchNorm2d(3), b=nn.BatchNorm2d(65).double(), c=nn.BatchNorm2d(64).bfloat16(), d=nn.BatchNorm2d(1))
+    refs,total = copy.deepcopy(layers),BNMoments()
+    xs = {k:tilted(4, m.num_features).to(m.weight.dtype) for k,m in layers.items()}
+    for _ in range(2):
+        with capture_moments(layers) as cap:
+            for k,m in layers.items(): assert torch.equal(m(xs[k]), refs[k](xs[k]))
+        update_running_stats(layers, cap.moments)
+        total = total.merge(cap.moments)
+    for k,m in layers.items():
+        torch.testing.assert_close(m.state_dict(), refs[k].state_dict(), rtol=2e-2 if k=='c' else 1e-5, atol=1e-2 if k=='c' else 1e-5)
+        assert of(total)[k].count == 2*4*36 and of(total)[k].mean.shape == (m.num_features,)
+
+def test_captures_of_different_layers_do_not_merge():
+    x = torch.randn(4,3,5,5)
+    ms = []
+    for k in 'ab':
+        bn = nn.BatchNorm2d(3)
+        with capture_moments({k:bn}) as cap: bn(x)
+        ms.append(cap.moments)
+    with pytest.raises(ValueError, match='different layers'): ms[0].merge(ms[1])
+    assert of(BNMoments().merge(ms[0])).keys() == of(ms[0].merge(BNMoments())).keys() == {'a'}
