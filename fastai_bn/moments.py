@@ -98,7 +98,7 @@ class BNMoments:
         counts = {**self.counts, **{k:n+self.counts.get(k, 0) for k,n in other.counts.items()}}
         return BNMoments(self.channels, counts, self.all.merge(other.all))
 
-# %% ../nbs/00_moments.ipynb #0ccfbd8c
+# %% ../nbs/00_moments.ipynb #396cfe16
 class _Scratch:
     "Zeroed buffers for one call of each of `layers`. Those of one device and dtype are slices of one tensor"
     def __init__(self, layers:dict[str,nn.Module]):
@@ -110,7 +110,7 @@ class _Scratch:
             self.flats.append(torch.zeros(2, sum(_widths(channels)), device=device, dtype=dtype))
             tracked = torch.zeros((), dtype=torch.long, device=device)
             for k,mean,var in zip(channels, *(_split(o, channels) for o in self.flats[-1])):
-                self.buffers[k] = dict(running_mean=mean, running_var=var, num_batches_tracked=tracked)
+                self.buffers[k] = mean,var,tracked
         self.channels = {k:c for o in groups.values() for k,c in o.items()}
 
     def moments(self) -> BNMoments:
@@ -129,7 +129,7 @@ def _one_value(name:str, m:nn.Module, x:Tensor) -> ValueError:
         "drop_last=True for the last batch), or freeze this layer (BnFreeze, or layer.eval() before each epoch), or replace it "
         "by a norm of single samples (GroupNorm, LayerNorm).")
 
-# %% ../nbs/00_moments.ipynb #2126ee62
+# %% ../nbs/00_moments.ipynb #67da96a6
 class BNCapture:
     "Moments of BN layers as `capture_moments` finds them"
     def __init__(self,
@@ -138,10 +138,11 @@ class BNCapture:
         self.layers = {k:m for k,m in layers.items() if m._buffers.get('running_mean') is not None}
         self._uses = []  # the k-th call of each layer is in the k-th
 
-    def _buffers(self, name:str, n:int) -> dict[str,Tensor]:
-        "Scratch buffers for a call of layer `name` on `n` values per channel"
-        s = next((o for o in self._uses if name not in o.counts), None)
-        if s is None: self._uses.append(s := _Scratch(self.layers))
+    def _buffers(self, name:str, n:int) -> tuple[Tensor,Tensor,Tensor]:
+        "Scratch buffers (mean, variance, number of batches) for a call of layer `name` on `n` values per channel"
+        for s in self._uses:
+            if name not in s.counts: break
+        else: self._uses.append(s := _Scratch(self.layers))
         s.counts[name] = n
         return s.buffers[name]
 
@@ -150,22 +151,23 @@ class BNCapture:
         "The moments of all that each layer saw"
         return reduce(BNMoments.merge, (o.moments() for o in self._uses), BNMoments())
 
-# %% ../nbs/00_moments.ipynb #38ca8d35
+# %% ../nbs/00_moments.ipynb #11c5ed67
 def _capturing(name:str, m:nn.Module, cap:BNCapture):
     "A `forward` for BN layer `m` that leaves its moments in `cap`"
     inner = getattr(m.forward, '_inner', m.forward)
     def forward(x, *args, **kwargs):
         if not _counts(m): return inner(x, *args, **kwargs)
-        n,buffers,momentum = x.numel()//max(x.shape[1], 1),m._buffers.copy(),m.momentum
+        b,momentum,n = m._buffers,m.momentum,x.numel()//m.num_features
+        mine = b['running_mean'],b['running_var'],b['num_batches_tracked']
         try:
-            m._buffers.update(cap._buffers(name, n))
+            b['running_mean'],b['running_var'],b['num_batches_tracked'] = cap._buffers(name, n)
             m.__dict__['momentum'] = 1.
             return inner(x, *args, **kwargs)
         except ValueError as e:
             if n == 1: raise _one_value(name, m, x) from e
             raise
         finally:
-            m._buffers.update(buffers)
+            b['running_mean'],b['running_var'],b['num_batches_tracked'] = mine
             m.__dict__['momentum'] = momentum
     forward._inner = inner
     return forward

@@ -12,7 +12,7 @@ from fastai_bn.all import AccumulateGradBN, precise_bn
 
 torch.set_num_threads(2)
 N_STEP, N_BATCH, PAIRS = 8, 32, 15
-batches = [(torch.randn(4,3,96,96), torch.randint(0,10,(4,))) for _ in range(N_BATCH)]
+batches = []
 class Batches(list): device = torch.device('cpu')
 
 def timed(f):
@@ -29,25 +29,24 @@ def learner(cb):
 
 def quartiles(xs): return [round(o, 3) for o in statistics.quantiles(xs, n=4)]
 
-def own_time(f):
-    "Seconds in fastai_bn's functions, in contextlib, and in the native operations that these call"
+def profiled(f):
+    "Milliseconds by cProfile (which slows Python down): in fastai_bn and contextlib with the native operations they call, and in all"
     prof = cProfile.Profile(); prof.runcall(f)
-    ours = lambda k: '/fastai_bn/' in k[0] or k[0].endswith('contextlib.py') or 'torch/utils/_contextlib.py' in k[0]
-    total = 0
-    for k,(_,_,tt,_,callers) in pstats.Stats(prof).stats.items():
-        if ours(k): total += tt
-        elif k[0] == '~': total += sum(v[2] for c,v in callers.items() if ours(c))
-    return total
+    ours = lambda k: '/fastai_bn/' in k[0] or k[0].endswith('contextlib.py')
+    st = pstats.Stats(prof)
+    own = sum(tt if ours(k) else sum(v[2] for c,v in callers.items() if ours(c)) if k[0]=='~' else 0 for k,(_,_,tt,_,callers) in st.stats.items())
+    return own/N_BATCH*1e3,st.total_tt/N_BATCH*1e3
 
 if __name__ == '__main__':
     print(f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}')
-    ga,ours = learner(GradientAccumulation(4*N_STEP)),learner(AccumulateGradBN(N_STEP))
-    for l in (ga,ours): l.fit(1)
-    pairs = [(timed(lambda: ga.fit(1)), timed(lambda: ours.fit(1))) for _ in range(PAIRS)]
-    step = statistics.median(o for _,o in pairs)/N_BATCH
-    own = own_time(lambda: ours.fit(1))/N_BATCH
-    print(f'AccumulateGradBN / GradientAccumulation: quartiles of {PAIRS} ratios {quartiles([b/a for a,b in pairs])}; '
-          f'own time {own*1e3:.2f} ms of a step of {step*1e3:.1f} ms (profiled): {100*own/step:.2f} %')
+    for size in (96,8):  # at 8 px there is little but Python, the same as at 96 px: there the difference is sharp
+        batches[:] = [(torch.randn(4,3,size,size), torch.randint(0,10,(4,))) for _ in range(N_BATCH)]
+        ga,ours = learner(GradientAccumulation(4*N_STEP)),learner(AccumulateGradBN(N_STEP))
+        for l in (ga,ours): l.fit(1)
+        pairs = [(timed(lambda: ga.fit(1)), timed(lambda: ours.fit(1))) for _ in range(PAIRS)]
+        print(f'{size} px: AccumulateGradBN / GradientAccumulation, quartiles of {PAIRS} ratios: {quartiles([b/a for a,b in pairs])}; '
+              f'median step {statistics.median(a for a,_ in pairs)/N_BATCH*1e3:.1f} ms, median difference {statistics.median(b-a for a,b in pairs)/N_BATCH*1e3:.2f} ms; '
+              'by cProfile %.2f ms of %.1f ms' % profiled(lambda: ours.fit(1)))
     for bs in (4,32):
         model,xs = resnet18(weights=None, num_classes=10),torch.randn(max(256,8*bs),3,96,96).split(bs)
         model.train()
