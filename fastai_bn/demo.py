@@ -93,42 +93,47 @@ def _train(a:argparse.Namespace, bs:int, cbs=()) -> tuple[Learner,dict]:
     seconds = time.perf_counter()-start
     return learn,dict(train_loss=learn._log.losses[-1], **_score(learn), seconds=seconds, steps=learn._log.steps)
 
-# %% ../nbs/09_demo.ipynb #2c3117cb
-def _picture(f:Path, losses:dict[str,list], before:dict, after:dict):
-    "Loss curves; running against precise statistics, one point per channel"
+# %% ../nbs/09_demo.ipynb #2cfa9dcb
+def _stats(model:nn.Module) -> tuple[Tensor,Tensor]:
+    "Running means and variances of all BN layers, one after the other"
+    ms = bn_layers(model).values()
+    return torch.cat([m.running_mean for m in ms]).clone().cpu(),torch.cat([m.running_var for m in ms]).clone().cpu()
+
+def _picture(f:Path, losses:dict[str,list], stats:dict[str,tuple]):
+    "Loss curves; running against precise statistics of the models in `stats`"
     fig,axs = plt.subplots(1, 3, figsize=(14,4))
-    for (k,o),style in zip(losses.items(), ('k-','C1--','C0-')): axs[0].plot(range(1,len(o)+1), o, style, label=k)
-    axs[0].set(title='training loss', xlabel='epoch'); axs[0].legend()
-    mean,var = [[torch.cat([d[k][i] for k in d]).numpy() for d in (before,after)] for i in (0,1)]
-    sd = var[1]**.5 + 1e-8
-    axs[1].scatter(mean[1]/sd, mean[0]/sd, s=4)
-    axs[1].set(title='mean, in units of precise sigma', xlabel='precise', ylabel='running')
-    axs[2].scatter(var[1], var[0], s=4)
-    axs[2].set(title='variance', xlabel='precise', ylabel='running', xscale='log', yscale='log')
-    for ax in axs[1:]: ax.axline((1,1), (2,2), color='k', lw=.7)
+    for (k,o),style in zip(losses.items(), ('k-','C1--','C0:')): axs[0].plot(range(1,len(o)+1), o, style, label=k)
+    axs[0].set(title='training loss', xlabel='epoch'); axs[0].legend(); axs[0].xaxis.get_major_locator().set_params(integer=True)
+    for (k,((m,v),(pm,pv))),c in zip(stats.items(), ('C1','C0')):
+        sd = pv.sqrt()+1e-8
+        axs[1].scatter(pm/sd, m/sd, s=4, c=c, label=k)
+        axs[2].scatter(pv, v/pv.clamp(min=1e-8), s=4, c=c, label=k)
+    axs[1].axline((0,0), slope=1, color='k', lw=.7); axs[2].axhline(1, color='k', lw=.7)
+    axs[1].set(title='running mean, in units of sigma', xlabel='precise mean / sigma', ylabel='running mean / sigma')
+    axs[2].set(title='running / precise variance', xlabel='precise variance', xscale='log', yscale='log'); axs[2].legend()
     fig.tight_layout(); fig.savefig(f, dpi=110); plt.close(fig)
 
-def _stats(model:nn.Module) -> dict: return {k:(m.running_mean.clone().cpu(),m.running_var.clone().cpu()) for k,m in bn_layers(model).items()}
-
-# %% ../nbs/09_demo.ipynb #f47127d1
+# %% ../nbs/09_demo.ipynb #7ec8f638
 def run(
     a:argparse.Namespace, # As `parser()` gives it
 ) -> pd.DataFrame:        # One row per way to train
     "Train four ways, print the table, write it and a picture to `a.out`"
     out = Path(a.out); out.mkdir(parents=True, exist_ok=True)
-    names = [f'batch {a.bs*a.n_step}', f'{a.bs} x {a.n_step} GradientAccumulation', f'{a.bs} x {a.n_step} AccumulateGradBN', '  the same, then precise_bn()']
-    ways = (a.bs*a.n_step, ()), (a.bs, GradientAccumulation(a.bs*a.n_step)), (a.bs, AccumulateGradBN(a.n_step))
-    rows,losses = {},{}
-    for i,(name,(bs,cbs)) in enumerate(zip(names, ways)):
-        print(f'\n[{i+1}/3] {name}', flush=True)
+    small = f'{a.bs} x {a.n_step}'
+    ways = {f'batch {a.bs*a.n_step}':(a.bs*a.n_step,()), f'{small} GradientAccumulation':(a.bs,GradientAccumulation(a.bs*a.n_step)),
+            f'{small} AccumulateGradBN':(a.bs,AccumulateGradBN(a.n_step))}
+    rows,losses,stats = {},{},{}
+    for i,(name,(bs,cbs)) in enumerate(ways.items()):
+        print(f'\n[{i+1}/{len(ways)}] {name}', flush=True)
         learn,rows[name] = _train(a, bs, cbs)
-        losses[name] = learn._log.losses
-    before,start = _stats(learn.model),time.perf_counter()
-    learn.precise_bn()
-    seconds = time.perf_counter()-start
-    rows[names[3]] = {**rows[name], **_score(learn), 'seconds':rows[name]['seconds']+seconds}
+        losses[name],before,start = learn._log.losses,_stats(learn.model),time.perf_counter()
+        if cbs:
+            learn.precise_bn()
+            seconds = time.perf_counter()-start
+            stats[name] = before,_stats(learn.model)
+    rows['  the same, then precise_bn()'] = {**rows[name], **_score(learn), 'seconds':rows[name]['seconds']+seconds}
     table = pd.DataFrame(rows).T.astype(dict(steps=int))
-    _picture(out/'demo.png', losses, before, _stats(learn.model))
+    _picture(out/'demo.png', losses, stats)
     table.to_csv(out/'demo.csv')
     print(f'\n{table.round(dict(seconds=1)).round(3).to_string()}\n\nTable and picture: {out/"demo.csv"}, {out/"demo.png"}')
     return table
