@@ -63,7 +63,7 @@ class AccumulateGradBN(Callback):
         self.n_step,self.weight,self.last = int(n_step),weight,last
         self._window,self._micro,self._layers,self._n_iter,self._warned = None,None,{},0,False
 
-# %% ../nbs/01_accumulate.ipynb #38e43363
+# %% ../nbs/01_accumulate.ipynb #f4c43c5c
 @dataclass
 class _Window:
     "What the micro-batches since the last optimizer step have left"
@@ -78,12 +78,23 @@ class _Micro:
     denominator: float|None = 0.  # None: a summed loss
     moments: BNMoments = field(default_factory=BNMoments)
     backward: bool = False        # Its backward pass has begun
+    skipped: bool = False         # It is part of the window, and the rest of the batch was skipped for that
 
-# %% ../nbs/01_accumulate.ipynb #25b9e753
+# %% ../nbs/01_accumulate.ipynb #ee36f207
 @patch
 def before_train(self:AccumulateGradBN):
     "Check that windows can be made of this epoch, and open the first"
-    n_iter = len(self.dl)
+    try: self._check(n_iter := len(self.dl))
+    except ValueError: self._close(); raise
+    self._n_iter,self._layers,self._window = n_iter,bn_layers(self.model),_Window()
+    if not (self._layers or self._warned):
+        self._warned = True
+        warnings.warn("AccumulateGradBN found no BatchNorm layer in the model: it accumulates gradients only")
+    self.opt.zero_grad()
+
+@patch
+def _check(self:AccumulateGradBN, n_iter:int):
+    "`ValueError` where no window can be made of an epoch of `n_iter` batches"
     if not n_iter: raise ValueError("The training DataLoader yields no batch: it is empty, or it has fewer than bs items and "
                                     "drops the last batch. Add data, or make it with a smaller bs or drop_last=False")
     if not _n_windows(self.n_step, n_iter, self.last):
@@ -91,14 +102,10 @@ def before_train(self:AccumulateGradBN):
                          "Use a smaller n_step or last='step'")
     others = [cb for cb in self.learn.cbs if isinstance(cb, (GradientAccumulation,AccumulateGradBN)) and cb is not self]
     if others: raise ValueError(f"{others[0].name} accumulates gradients too: remove it, AccumulateGradBN does all of it")
-    self._n_iter,self._layers,self._window = n_iter,bn_layers(self.model),_Window()
-    if not (self._layers or self._warned):
-        self._warned = True
-        warnings.warn("AccumulateGradBN found no BatchNorm layer in the model: it accumulates gradients only")
-    self.opt.zero_grad()
-    self.learn._do_one_batch = partial(_one_batch, self, self.learn)
+    if isinstance(self.model, nn.DataParallel):
+        raise ValueError("AccumulateGradBN cannot follow the copies that DataParallel makes of the model: use learn.distrib_ctx() instead")
 
-# %% ../nbs/01_accumulate.ipynb #aa337d28
+# %% ../nbs/01_accumulate.ipynb #36b661a2
 def _n_windows(n_step:int, n_iter:int, last:str) -> int:
     "Optimizer steps in an epoch of `n_iter` micro-batches"
     return (math.ceil if last=='step' else math.floor)(n_iter/n_step)
@@ -108,9 +115,9 @@ def _close(self:AccumulateGradBN):
     "Drop the window that is open, if any, and leave the learner as it was"
     if self._window is not None: self.opt.zero_grad()
     self._window,self._micro,self._layers = None,None,{}
-    self.learn.__dict__.pop('_do_one_batch', None)
+    self.learn.__dict__.pop('all_batches', None)
 
-# %% ../nbs/01_accumulate.ipynb #52d6ccf6
+# %% ../nbs/01_accumulate.ipynb #d7603b6b
 @patch
 def after_cancel_train(self:AccumulateGradBN): "Drop the window";  self._close()
 @patch
@@ -123,14 +130,12 @@ def after_train(self:AccumulateGradBN):
     "Step for what is left of the epoch, and close"
     if self._window is not None and self._window.count and self.last=='step':
         self._n_iter = 0  # Whatever has come is all
-        try: self.learn._with_events(self.learn._step, 'step', CancelStepException)
-        except CancelBatchException: pass
+        with _patched(self.learn, 'training', True):  # Somebody's `learn.validate` may have left it False
+            try: self.learn._with_events(self.learn._step, 'step', CancelStepException)
+            except CancelBatchException: pass
     self._close()
 
-# %% ../nbs/01_accumulate.ipynb #c8509c39
-_cancel = (CancelBackwardException, CancelStepException, CancelBatchException, CancelTrainException, CancelValidException,
-           CancelEpochException, CancelFitException)
-
+# %% ../nbs/01_accumulate.ipynb #2a11e413
 @contextmanager
 def _patched(obj, name:str, value):
     "Within, `obj`'s own attribute `name` is `value`; afterwards what it was, or gone where it was its class's"
@@ -142,20 +147,39 @@ def _patched(obj, name:str, value):
         if before is missing: obj.__dict__.pop(name, None)
         else: obj.__dict__[name] = before
 
-# %% ../nbs/01_accumulate.ipynb #c826af10
-def _one_batch(cb:AccumulateGradBN, learn:Learner):
-    "`Learner._do_one_batch` with forward and backward inside BN captures; an exception leaves nothing behind"
-    do = type(learn)._do_one_batch
-    if cb._window is None or not learn.training: return do(learn)
-    cb._micro = _Micro()
+# %% ../nbs/01_accumulate.ipynb #b8d3f859
+_cancel = (CancelBackwardException, CancelStepException, CancelBatchException, CancelTrainException, CancelValidException,
+           CancelEpochException, CancelFitException)
+
+@patch
+def before_epoch(self:AccumulateGradBN):
+    "Take the training loop over"
+    self.learn.all_batches = partial(_all_batches, self, self.learn)
+
+@patch
+def after_epoch(self:AccumulateGradBN): "Give it back"; self.learn.__dict__.pop('all_batches', None)
+
+def _all_batches(cb:AccumulateGradBN, learn:Learner):
+    "`Learner.all_batches`, from which an exception drops the window that is open"
+    do = type(learn).all_batches
+    if cb.learn is not learn: learn.__dict__.pop('all_batches', None)  # The callback is gone
+    if cb.learn is not learn or cb._window is None or not learn.training: return do(learn)
     try:
-        with ExitStack() as stack, cb._no_sync(), _patched(learn, '_backward', partial(_backward, cb, learn)):
-            stack.enter_context(_patched(learn.model, 'forward', partial(_forward, cb, learn.model, stack)))
-            do(learn)
+        with _patched(learn, '_do_one_batch', partial(_one_batch, cb, learn)): do(learn)
     except _cancel: raise
     except BaseException:
         cb._close()
         raise
+
+# %% ../nbs/01_accumulate.ipynb #f5ddeb9e
+def _one_batch(cb:AccumulateGradBN, learn:Learner):
+    "`Learner._do_one_batch` with forward and backward inside BN captures"
+    do = type(learn)._do_one_batch
+    if not learn.training: return do(learn)
+    cb._micro = _Micro()
+    with ExitStack() as stack, cb._no_sync(), _patched(learn, '_backward', partial(_backward, cb, learn)):
+        stack.enter_context(_patched(learn.model, 'forward', partial(_forward, cb, learn.model, stack)))
+        do(learn)
 
 def _forward(cb:AccumulateGradBN, model:nn.Module, unpatch:ExitStack, *args, **kwargs):
     "The micro-batch's own forward pass, and only that: any other forward pass meets the model as it is"
@@ -169,7 +193,7 @@ def _backward(cb:AccumulateGradBN, learn:Learner):
     cb._micro.backward = True
     with capture_moments(cb._layers): type(learn)._backward(learn)
 
-# %% ../nbs/01_accumulate.ipynb #48f5378b
+# %% ../nbs/01_accumulate.ipynb #ab630a35
 @patch
 def after_loss(self:AccumulateGradBN):
     "Scale the loss to its share of the window"
@@ -178,16 +202,24 @@ def after_loss(self:AccumulateGradBN):
     if d is not None and not 0 <= (d := float(d)) < math.inf:
         raise ValueError(f"weight(pred, *yb) returned {d}: the denominator of a batch's loss is a number of at least 0")
     self._micro.denominator = d
-    if d == 0: self.learn.loss = torch.full_like(self.learn.loss, self._smooth_loss(), requires_grad=False)
+    if d == 0: self.learn.loss = torch.zeros_like(self.learn.loss, requires_grad=False)  # 0/0 so far
     if not d: return
     if w.scale is None: w.scale = d*self.n_step
+    elif d*self.n_step > 4*w.scale: self._rescale(d*self.n_step)
     self.learn.loss_grad = self.loss_grad * (d/w.scale)
 
 @patch
-def _smooth_loss(self:AccumulateGradBN) -> float:
-    "The running average of the training loss so far; 0 if there is none"
-    avg = getattr(getattr(self.learn, 'recorder', None), 'smooth_loss', None)
-    return float(avg.value) if getattr(avg, 'count', 0) else 0.
+def _rescale(self:AccumulateGradBN, scale:float):
+    "Divide the window's gradients by `scale` instead of what they were divided by; not those of summed losses"
+    w,grads = self._window,[p.grad for p,*_ in self.opt.all_params(with_grad=True)]
+    if w.scale is None: return
+    if grads and scale != w.scale: torch._foreach_mul_(grads, w.scale/scale)
+    w.scale = scale
+
+@patch
+def after_batch(self:AccumulateGradBN):
+    "Nothing to log where no target counted: the Recorder, which comes later, passes over batches without targets"
+    if self._micro is not None and self._micro.denominator == 0: self.learn.yb = ()
 
 # %% ../nbs/01_accumulate.ipynb #265c7e9b
 @patch
@@ -206,7 +238,7 @@ def after_backward(self:AccumulateGradBN):
     w.total += 1 if m.denominator is None else m.denominator
     w.moments = w.moments.merge(m.moments)
 
-# %% ../nbs/01_accumulate.ipynb #4fd537a3
+# %% ../nbs/01_accumulate.ipynb #33243590
 @patch
 def _completes(self:AccumulateGradBN, count:int) -> bool:
     "Does a window of `count` micro-batches end with the current batch?"
@@ -223,13 +255,12 @@ def before_step(self:AccumulateGradBN):
     "Skip the step in mid-window; at its end, make the gradient that of the mean over what came"
     w = self._window
     if not self._completes(w.count):
-        self._micro = None  # Part of the window by now: this cancelling is ours
+        self._micro.skipped = True
         raise CancelBatchException
     if not w.total: raise CancelStepException
-    grads = [p.grad for p,*_ in self.opt.all_params(with_grad=True)]
-    if grads and w.scale not in (None, w.total): torch._foreach_mul_(grads, w.scale/w.total)
+    self._rescale(w.total)
 
-# %% ../nbs/01_accumulate.ipynb #5744e392
+# %% ../nbs/01_accumulate.ipynb #a8d55fe6
 @patch
 def after_cancel_step(self:AccumulateGradBN): "No step, no window"; self._window = _Window()
 
@@ -242,9 +273,10 @@ def after_step(self:AccumulateGradBN):
 @patch
 def after_cancel_batch(self:AccumulateGradBN):
     "Somebody else cancelled the batch: forget it, and the window with it if its gradient is in there already"
-    if self._micro is None or self._window is None: return
-    if self._micro.backward: self.opt.zero_grad(); self._window = _Window()
+    m = self._micro
+    if m is None or m.skipped or self._window is None: return
     self._micro = None
+    if m.backward: self.opt.zero_grad(); self._window = _Window()
 
 # %% ../nbs/01_accumulate.ipynb #11b21882
 @patch

@@ -23,7 +23,7 @@ from .precise import precise_bn
 # %% auto #0
 __all__ = ['macro_f1', 'small_resnet', 'run', 'parser', 'main']
 
-# %% ../nbs/09_demo.ipynb #87ccaedc
+# %% ../nbs/09_demo.ipynb #96e8b3a5
 def _generated(size:int, seed:int) -> Path:
     "A folder of drawn data, made once and kept in the user's cache: 384 images train, 96 validate"
     path = Path(os.environ.get('XDG_CACHE_HOME', Path.home()/'.cache'))/'fastai_bn'/f'hpa-480-{size}-{seed}'
@@ -35,7 +35,13 @@ def _generated(size:int, seed:int) -> Path:
 def _dls(a:argparse.Namespace, bs:int) -> DataLoaders:
     "`DataLoaders` of the data that the arguments name"
     kw = dict(bs=bs, num_workers=0)
-    if not a.images: return HPADataLoaders.from_folder(a.data or _generated(a.size, 0), a.size, seed=0, **kw)
+    dls = _image_dls(a, kw) if a.images else HPADataLoaders.from_folder(a.data or _generated(a.size, 0), a.size, seed=0, **kw)
+    if not len(dls.train): raise ValueError(f"{len(dls.train_ds)} images to train with are less than a batch of {bs}: use a smaller --bs or --n-step")
+    return dls
+
+def _image_dls(a:argparse.Namespace, kw:dict) -> DataLoaders:
+    "`DataLoaders` of a folder of images"
+    if not get_image_files(a.images): raise FileNotFoundError(f"{a.images}: no image there. Give a folder of images in a folder per class")
     split = {} if (Path(a.images)/'train').is_dir() else dict(valid_pct=.2, seed=0)
     return ImageDataLoaders.from_folder(a.images, item_tfms=Resize(a.size), **split, **kw)
 
@@ -138,7 +144,7 @@ def run(
     print(f'\n{table.round(dict(seconds=1)).round(3).to_string()}\n\nTable and picture: {out/"demo.csv"}, {out/"demo.png"}')
     return table
 
-# %% ../nbs/09_demo.ipynb #c7c0157f
+# %% ../nbs/09_demo.ipynb #68023b46
 def parser() -> argparse.ArgumentParser: # Of `python -m fastai_bn.demo`
     "The demo's arguments"
     p = argparse.ArgumentParser(prog='python -m fastai_bn.demo', description='Train a small ResNet with a real batch and with micro-batches, '
@@ -164,7 +170,7 @@ def main(
     for k in 'epochs size n_step bs'.split():
         if getattr(a, k) < 1: p.error(f"--{k.replace('_','-')} must be at least 1")
     try: run(a)
-    except (ValueError, FileNotFoundError) as e: p.exit(2, f'\n{p.prog}: {e}\n')
+    except (ValueError, OSError) as e: p.exit(2, f'\n{p.prog}: {e}\n')
 
 # %% ../nbs/09_demo.ipynb #2912ae27
 if __name__ == '__main__': main()

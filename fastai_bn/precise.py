@@ -63,13 +63,19 @@ def _inputs(batches, n:int, n_inp:int):
 
 def _same_shape(a:tuple, b:tuple) -> bool: return all(isinstance(o, Tensor) and o.shape[1:]==p.shape[1:] for o,p in zip(a,b))
 
-# %% ../nbs/04_precise.ipynb #8b3d8e4f
+# %% ../nbs/04_precise.ipynb #5fbf29ba
 @contextmanager
-def _rng_kept():
-    "Put back the states of Python's, NumPy's and PyTorch's random number generators"
-    states = get_random_states()
+def _rng_kept(
+    dl=None, # A DataLoader with a generator of its own: fastai's shuffles with `rng`, PyTorch's may with `generator`
+):
+    "Put back the states of Python's, NumPy's and PyTorch's random number generators, and of those of `dl`"
+    states,rng,gen = get_random_states(),getattr(dl, 'rng', None),getattr(dl, 'generator', None)
+    own = rng and rng.getstate(),gen and gen.get_state()
     try: yield
-    finally: set_random_states(**states)
+    finally:
+        set_random_states(**states)
+        if rng: dl.rng = rng; rng.setstate(own[0])
+        if gen: gen.set_state(own[1])
 
 # %% ../nbs/04_precise.ipynb #1bea01dd
 def _n_ranks() -> int: return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -124,7 +130,7 @@ def _with_bar(xbs, n:int):
             if (seen := seen+find_bs(xb)) < n: bar.update(seen)
     finally: bar.update(n)
 
-# %% ../nbs/04_precise.ipynb #e88f5492
+# %% ../nbs/04_precise.ipynb #69ea0b1d
 def precise_bn(
     model:nn.Module,     # Any PyTorch model
     batches,             # Iterable of batches: a tensor [B, ...], or a tuple or list whose first `n_inp` elements are the model's inputs
@@ -139,12 +145,13 @@ def precise_bn(
     untouched too. Whether `model` is in training or eval mode does not matter. Source: arXiv 2105.07576, section 3."""
     if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
         raise ValueError(f"n={n!r}: it is a number of samples, an integer of at least 1")
+    if isinstance(batches, Tensor): raise ValueError(f"batches is a tensor of shape {list(batches.shape)}: give batches of it, as batches.split(32)")
     layers = _tracking(model, frozen)
     if not layers:
         warnings.warn("precise_bn found no layer to update: the model has no BatchNorm with running statistics"
                       + ("" if frozen else ", or all are frozen (frozen=True includes those)"))
         return _table({}, {}, 0)
-    with _rng_kept(): moments,n_samples = _population(model, layers, batches, n, n_inp, progress)
+    with _rng_kept(batches): moments,n_samples = _population(model, layers, batches, n, n_inp, progress)
     if not n_samples: raise ValueError("precise_bn got no data: `batches` gave no batch (a generator that was used up before?)")
     moments = dict(moments.items())
     bad = [k for k,o in moments.items() if not (o.mean.isfinite().all() and o.m2.isfinite().all())]
@@ -161,18 +168,19 @@ def _write(layers:dict, moments:dict):
         layers[k].running_mean.copy_(o.mean)
         layers[k].running_var.copy_(o.var())
 
-# %% ../nbs/04_precise.ipynb #3a518377
+# %% ../nbs/04_precise.ipynb #d33b74cc
 @patch
 def precise_bn(self:Learner,
     n:int=10_000,      # At least this many samples, or all there are
-    dl=None,           # DataLoader to compute from. None: the training set with its transforms, shuffled, nothing dropped
+    dl=None,           # DataLoader to compute from. None: the training set with its transforms, shuffled, nothing dropped (one of PyTorch's as it is)
     frozen:bool=False, # Update layers, too, that have affine parameters none of which requires a gradient?
 ) -> pd.DataFrame:     # A row per BN layer: name, channels, samples, values per channel; mean shift and variance ratio as they were before
     """Set the running statistics of the learner's BN layers to the population statistics of their inputs, with the weights as they are.
 
     Shows a progress bar, except within `learn.no_bar()`. Callbacks do not run. The function `precise_bn` tells what is put back."""
     with _rng_kept():
-        if dl is None: dl = self.dls.train.new(shuffle=True, drop_last=False)
-        elif isinstance(dl, DataLoader): dl = dl.new(drop_last=False)
+        shuffle = dict(shuffle=True) if dl is None and getattr(self.dls.train, 'indexed', False) else {}
+        if dl is None: dl = self.dls.train
+        if isinstance(dl, DataLoader): dl = dl.new(drop_last=False, **shuffle)
         self.model.to(getattr(self.dls, 'device', default_device()))
-        return precise_bn(self.model, dl, n, n_inp=getattr(self.dls, 'n_inp', 1), frozen=frozen, progress=hasattr(self, 'progress'))
+        return precise_bn(get_model(self.model), dl, n, n_inp=getattr(self.dls, 'n_inp', 1), frozen=frozen, progress=hasattr(self, 'progress'))

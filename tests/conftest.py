@@ -115,4 +115,4 @@ def assert_pristine(learn):
     for m in learn.model.modules():
         assert 'forward' not in m.__dict__ and not m._forward_hooks and not m._forward_pre_hooks
         if isinstance(m, nn.modules.batchnorm._BatchNorm): assert m.momentum != 1.
-    assert '_do_one_batch' not in learn.__dict__ and '_backward' not in learn.__dict__
+    assert not {'all_batches','_do_one_batch','_backward'} & learn.__dict__.keys()

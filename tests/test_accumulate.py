@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from fastai.vision.all import (Adam, BCEWithLogitsLossFlat, BnFreeze, Callback, CancelBatchException, CancelEpochException, CancelFitException,
     CancelStepException, CancelTrainException, CrossEntropyLossFlat, CutMix, DataLoader, DataLoaders, DynamicUnet, EarlyStoppingCallback,
-    FocalLossFlat, GradientAccumulation, GradientClip, MSELossFlat, MixUp, MixedPrecision, SGD, SaveModelCallback, accuracy, create_body,
+    FocalLossFlat, GradientAccumulation, GradientClip, MSELossFlat, MixUp, MixedPrecision, SGD, SaveModelCallback, TfmdDL, accuracy, create_body,
     load_learner, noop, params, resnet18, to_float)
 
 from fastai_bn.accumulate import *
@@ -140,7 +140,7 @@ def test_a_batch_with_every_target_ignored_counts_for_nothing(empty):
     learn = get_learner(get_dls(xs, ys, 2), conv_net(), [AccumulateGradBN(4), Track()], opt_func=Adam)
     do_fit(learn, 2, 1e-2)
     assert all(p.isfinite().all() for p in learn.model.state_dict().values())
-    assert torch.stack(list(learn.recorder.losses)).isfinite().all()
+    assert len(learn.recorder.losses) == 2*(5-len(empty)) and all(l.isfinite() for l in learn.recorder.losses)  # not logged
     w = [w for w in windows_of(xs, ys, 2, 4) if any((y!=-100).any() for _,y in w)]  # a window of nothing makes no step
     assert learn.track.steps == 2*len(w)
     assert_same(learn.model, reference_fit(conv_net(), w, lambda p,y: (F.cross_entropy(p, y, reduction='sum'), (y!=-100).sum()), Adam, n_epoch=2, lr=1e-2))
@@ -291,6 +291,56 @@ def test_exceptions_restore(where, exc):
     do_fit(learn)
     assert_same(model, reference_fit(before, w, mean_ce))
     assert_pristine(learn)
+
+class Bad(Exception): pass
+
+@pytest.mark.parametrize('exc', [Bad, KeyboardInterrupt])
+@pytest.mark.parametrize('where', ['data','before_batch','after_batch','before_train'])
+@pytest.mark.parametrize('how', ['learner','fit'])
+def test_exceptions_around_a_batch_leave_nothing(where, how, exc):
+    xs,ys = tilted(24),labels(24)
+    class BadDL(TfmdDL):
+        def __iter__(self):
+            for i,b in enumerate(super().__iter__()):
+                if where=='data' and i==4: raise exc
+                yield b
+    good,cbs = get_dls(xs, ys, 4),[AccumulateGradBN(3)]
+    dls = DataLoaders(BadDL(good.train.dataset, bs=4), good.valid, device='cpu')
+    if where != 'data': cbs.append(RaiseAt(where, 4, exc('x'), order=20))
+    learn = get_learner(dls, conv_net(), cbs if how=='learner' else [])
+    learn.create_opt()
+    if where == 'before_train': learn.iter,learn.training = 4,True
+    with pytest.raises(exc): do_fit(learn, cbs=cbs if how=='fit' else None)
+    assert_same(learn.model, reference_fit(conv_net(), windows_of(xs, ys, 4, 3)[:0 if where=='before_train' else 1], mean_ce))
+    assert all(p.grad is None or (p.grad==0).all() for p in learn.model.parameters())
+    if where == 'before_train': return  # its own loop never began
+    assert_pristine(learn)
+    learn.remove_cbs([c for c in learn.cbs if isinstance(c, (AccumulateGradBN,RaiseAt))])
+    learn.dls = good
+    do_fit(learn)  # and fastai's own way works as ever
+
+def test_validation_that_leaves_the_learner_in_evaluation():
+    xs,ys = tilted(24),labels(24)
+    learn = get_learner(get_dls(xs, ys, 4), conv_net(), [AccumulateGradBN(3), DuringBatch(lambda l: l.validate(), at=4)])
+    do_fit(learn)
+    w = windows_of(xs, ys, 4, 3)
+    assert_same(learn.model, reference_fit(conv_net(), [w[0], w[1][:2]], mean_ce))  # the third was not trained on
+
+def test_a_tiny_first_denominator_does_not_inflate_the_rest():
+    xs,ys = tilted(12, size=(8,8)),(tilted(12, size=(8,8)).mean(1)>0).long()
+    ys[:3].view(-1)[1:] = -100
+    seen = []
+    class See(Callback):
+        order = 7
+        def after_loss(self): seen.append((self.loss_grad.abs()/self.loss.abs()).item())
+    learn = get_learner(get_dls(xs, ys, 3), seg_net(), [AccumulateGradBN(4), See()])
+    do_fit(learn)
+    assert max(seen) < 1.001
+    assert_same(learn.model, reference_fit(seg_net(), windows_of(xs, ys, 3, 4), lambda p,y: (F.cross_entropy(p, y, reduction='sum'), (y!=-100).sum())))
+
+def test_data_parallel_is_refused():
+    learn = get_learner(get_dls(tilted(8), labels(8), 4), nn.DataParallel(conv_net()), AccumulateGradBN(2))
+    with pytest.raises(ValueError, match='distrib_ctx'): do_fit(learn)
 
 class DuringBatch(Callback):
     def __init__(self, f, event='after_batch', at=1): self.f,self.at = f,at; setattr(self, event, self._do)
@@ -503,18 +553,23 @@ def test_mixed_precision_acts_once_per_window():
     xs,ys = tilted(24).float(),labels(24)
     cb = CPUScaler()
     learn = get_learner(get_dls(xs, ys, 4), conv_net().float(), [AccumulateGradBN(3), cb])
-    do_fit(learn, 2, 1e-3)
+    do_fit(learn, 2)
     assert cb.n == 4 and learn.model[1].num_batches_tracked == 4
-    ref = reference_fit(conv_net().float(), windows_of(xs, ys, 4, 3), mean_ce, n_epoch=2, lr=1e-3)
-    for k,v in ref.state_dict().items(): torch.testing.assert_close(learn.model.state_dict()[k], v, rtol=.05, atol=.02)
+    assert_nearer(learn.model, reference_fit(conv_net().float(), windows_of(xs, ys, 4, 3), mean_ce, n_epoch=2), conv_net().float())
+
+def assert_nearer(a, b, far):
+    "bfloat16 has few digits: `a`'s weights are much nearer to `b`'s than to `far`'s"
+    dist = lambda m: torch.cat([(p-q).flatten() for p,q in zip(a.parameters(), m.parameters())]).norm()
+    assert dist(b) < .15*dist(far)
 
 def test_a_skipped_step_drops_the_window():
     xs,ys = tilted(24).float(),labels(24)
     learn = get_learner(get_dls(xs, ys, 4), conv_net().float(), [AccumulateGradBN(3), CPUScaler(overflow_at=[1])])
-    do_fit(learn, 1, 1e-3)
-    ref = reference_fit(conv_net().float(), windows_of(xs, ys, 4, 3)[1:], mean_ce, lr=1e-3)
+    do_fit(learn)
+    w = windows_of(xs, ys, 4, 3)
     assert learn.model[1].num_batches_tracked == 1
-    for k,v in ref.state_dict().items(): torch.testing.assert_close(learn.model.state_dict()[k], v, rtol=.05, atol=.02)
+    assert_nearer(learn.model, reference_fit(conv_net().float(), w[1:], mean_ce), conv_net().float())
+    with pytest.raises(AssertionError): assert_nearer(learn.model, reference_fit(conv_net().float(), w, mean_ce), conv_net().float())
 
 @pytest.mark.parametrize('cls', [MixUp, CutMix])
 def test_mixup_weighs_samples(cls):
@@ -554,6 +609,14 @@ def test_ddp_all_reduces_once_per_window(tmp_path):
         assert len(reduced) == 2
         assert_same(model.module, reference_fit(conv_net(), windows_of(xs, ys, 4, 4), mean_ce))
     finally: torch.distributed.destroy_process_group()
+
+def test_compiled_model():
+    xs,ys = tilted(24),labels(24)
+    torch._dynamo.reset()
+    learn = get_learner(get_dls(xs, ys, 4), torch.compile(conv_net(), backend='aot_eager'), AccumulateGradBN(3))
+    do_fit(learn, 2)
+    assert torch._dynamo.utils.counters['frames']['ok'] > 0  # it did compile
+    assert_same(learn.model._orig_mod, reference_fit(conv_net(), windows_of(xs, ys, 4, 3), mean_ce, n_epoch=2))
 
 def test_two_learners_share_a_model():
     xs,ys = tilted(24),labels(24)

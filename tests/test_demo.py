@@ -33,8 +33,20 @@ def test_generated_data_is_cached(tmp_path, monkeypatch, capsys):
     assert demo._generated(16, 0) == demo._generated(16, 0) and calls == [480]
     assert str(demo._generated(16, 0)).startswith(str(tmp_path))
 
-@pytest.mark.parametrize('args,msg', [('--epochs 0','--epochs'), ('--n-step 0','--n-step'), ('--bs -1','--bs'), ('--data /nowhere','train.csv'), ('--data a --images b','not allowed'), ('--size x','--size')])
+def test_too_few_images_say_what_helps(tmp_path, capsys):
+    make_hpa(tmp_path/'d', n=6, size=32)
+    with pytest.raises(SystemExit): demo.main(f'--data {tmp_path}/d --size 32 --out {tmp_path}/out'.split())
+    assert '5 images' in (err := capsys.readouterr().err) and '--n-step' in err
+
+def test_a_broken_image_is_a_line(tmp_path, capsys):
+    for part in ('train','valid'):
+        (tmp_path/part/'c').mkdir(parents=True)
+        for k in range(4): (tmp_path/part/'c'/f'{k}.png').write_bytes(b'x')
+    with pytest.raises(SystemExit): demo.main(f'--images {tmp_path} --bs 1 --n-step 2 --out {tmp_path}/out'.split())
+    assert 'png' in capsys.readouterr().err
+
+@pytest.mark.parametrize('args,msg', [('--epochs 0','--epochs'), ('--n-step 0','--n-step'), ('--bs -1','--bs'), ('--data /nowhere','train.csv'), ('--images /nowhere','/nowhere: no image'), ('--data a --images b','not allowed'), ('--out /dev/null','/dev/null'), ('--size x','--size')])
 def test_bad_arguments_are_a_line(args, msg, capsys, tmp_path):
-    with pytest.raises(SystemExit) as e: demo.main(args.split()+['--out', str(tmp_path)])
+    with pytest.raises(SystemExit) as e: demo.main(['--out', str(tmp_path), *args.split()])
     err = capsys.readouterr().err
     assert e.value.code == 2 and msg in err and 'Traceback' not in err

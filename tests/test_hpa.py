@@ -39,9 +39,9 @@ def test_same_seed_same_files_other_seed_others(tmp_path, made):
     assert (x != y).any()
 
 def test_labels_are_unbalanced(tmp_path):
-    t = [l for k in range(400) for l in np.random.default_rng([0,k]).choice(list(_drawn), p=np.array(list(_drawn.values()))/sum(_drawn.values()), size=1)]
-    n = np.bincount(t, minlength=28)
-    assert n.max() > 8*n[n>0].min()
+    t = pd.read_csv(make_hpa(tmp_path, n=150, size=16)/'train.csv', dtype=str).Target
+    n = np.bincount([int(l) for o in t for l in o.split()], minlength=28)
+    assert (n>0).sum() >= 10 and n.max() > 8*n[n>0].min()
 
 def test_masks_are_the_nuclei(made):
     for i in ids(made)[:5]:
@@ -67,9 +67,18 @@ def test_bar(tmp_path, capsys):
     make_hpa(tmp_path, n=2, size=16)
     assert '2/2' in capsys.readouterr().out
 
-@pytest.mark.parametrize('kw', [dict(n=0), dict(size=4)])
+@pytest.mark.parametrize('kw', [dict(n=0), dict(n=2.5), dict(size=4), dict(size=32.), dict(seed=-1), dict(lab_shift=float('nan')), dict(lab_shift=float('inf')), dict(lab_shift=3)])
 def test_make_bad_arguments(tmp_path, kw):
-    with pytest.raises(ValueError, match='at least'): make_hpa(tmp_path, **kw)
+    with pytest.raises(ValueError, match=f'{next(iter(kw))}='): make_hpa(tmp_path/'x', **kw)
+    assert not (tmp_path/'x').exists()
+
+def test_make_again_replaces_its_own_and_refuses_others(small):
+    make_hpa(small, n=2, size=32)
+    assert len(list((small/'train').iterdir())) == 8
+    rewrite(small, Id=['mine'], Target=['1'])
+    (small/'train'/'mine_red.png').write_bytes(b'x')
+    with pytest.raises(ValueError, match='another folder'): make_hpa(small, n=2, size=32)
+    assert ids(small) == ['mine'] and (small/'train'/'mine_red.png').exists() and len(list((small/'train').iterdir())) == 9
 
 
 # --- Loading
@@ -100,6 +109,21 @@ def test_16_bit_and_rgb_files(small):
     x = LoadHPA(small/'train', 32).encodes(i)
     np.testing.assert_allclose(x[0].numpy(), a/65535, atol=1e-6)
     assert torch.allclose(torch.Tensor(x[1]), torch.tensor(.2))
+
+@pytest.mark.parametrize('mode,colour,value', [('P',None,128/255), ('LA',(128,255),128/255), ('RGBA',(51,51,51,9),.2), ('1',1,1.)])
+def test_other_kinds_of_png(small, mode, colour, value):
+    i = ids(small)[0]
+    im = Image.new('L', (32,32), 128).convert('P') if mode=='P' else Image.new(mode, (32,32), colour)
+    im.save(small/'train'/f'{i}_red.png')
+    np.testing.assert_allclose(LoadHPA(small/'train', 32).encodes(i)[0].numpy(), value, atol=1e-3)
+
+def test_csv_with_bom_crlf_quotes_and_another_column(small):
+    (small/'train.csv').write_bytes('\ufeffId,note,Target\r\n"a","x, y",3 1\r\n\r\nb,,2\r\n'.encode())
+    assert _read_csv(small) == (['a','b'], [[HPA_LABELS[1],HPA_LABELS[3]], [HPA_LABELS[2]]])
+
+@pytest.mark.parametrize('kw', [dict(size=0), dict(size=16.5), dict(size=None), dict(bs=0)])
+def test_bad_size_and_bs(small, kw):
+    with pytest.raises(ValueError, match=f'{next(iter(kw))}='): HPADataLoaders.from_folder(small, **kw)
 
 def test_split_is_deterministic_and_nearly_stratified():
     rng = np.random.default_rng(0)
@@ -137,7 +161,7 @@ def test_training_augmentation_export_predict(made, tmp_path):
 def test_no_folder_no_csv(tmp_path):
     with pytest.raises(FileNotFoundError, match='train.csv is missing'): HPADataLoaders.from_folder(tmp_path)
 
-@pytest.mark.parametrize('text,match', [('', 'no csv'), ('Id,Target\n', 'is empty'), ('a,b\n1,2\n', 'needs Id and Target'), ('Id,Target\nx,1\nx,2\n', "'x' stands there more than once")])
+@pytest.mark.parametrize('text,match', [('', 'no csv'), ('Id,Target\n', 'is empty'), ('Id,Target\na,1,2\n', "'a,1,2' has 3 fields"), ('Id,Target\na\n', 'has 1 field'), ('Id,Target\na\0b,1\n', 'Id|csv'), ('a,b\n1,2\n', 'needs Id and Target'), ('Id,Target\nx,1\nx,2\n', "'x' stands there more than once")])
 def test_bad_csv(small, text, match):
     (small/'train.csv').write_text(text)
     with pytest.raises(ValueError, match=match): HPADataLoaders.from_folder(small)

@@ -1,9 +1,9 @@
 import random
 
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np, pytest, torch
 import torch.multiprocessing as mp
 from torch import nn
-from fastai.basics import DataLoaders, MSELossFlat, TfmdDL, Datasets, to_device
+from fastai.basics import DataLoader, DataLoaders, Datasets, TfmdDL
 
 from fastai_bn.precise import *
 from conftest import At, F64, conv_net, get_dls, get_learner, labels, snapshot, tilted
@@ -168,6 +168,32 @@ def test_the_training_dataloader_shuffles_on_as_if_nothing_was():
     assert torch.equal(order(lambda l: None), order(lambda l: l.precise_bn()))
     assert torch.equal(order(lambda l: None), order(lambda l: l.precise_bn(dl=l.dls.train)))
 
+def test_a_dataloaders_own_generator_goes_on_as_if_nothing_was():
+    x,m = tilted(20),conv_net()
+    def torch_order(f):
+        dl = torch.utils.data.DataLoader(list(zip(x,labels(20))), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(3))
+        f(dl)
+        return torch.cat([b[1] for b in dl])
+    def fastai_order(f):
+        random.seed(0)
+        dl = get_dls(x, labels(20), 4, shuffle=True).train
+        f(dl)
+        return torch.cat([b[1] for b in dl])
+    for order in (torch_order,fastai_order):
+        assert torch.equal(order(lambda dl: None), order(lambda dl: precise_bn(m, dl, progress=False)))
+        assert not torch.equal(order(lambda dl: None), order(list))
+
+@pytest.mark.parametrize('kind', ['torch','iterable'])
+def test_learner_with_other_dataloaders(kind):
+    x,items = tilted(12),list(zip(tilted(12),labels(12)))
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self): return iter(items)
+        def __len__(self): return 12
+    dl = torch.utils.data.DataLoader(items, batch_size=4, shuffle=True) if kind=='torch' else DataLoader(Stream(), bs=4)
+    learn = get_learner(DataLoaders(dl, dl, device='cpu'), first_bn())
+    assert learn.precise_bn().samples[0] == 12
+    np.testing.assert_allclose(learn.model[0].running_var, reference([x])[1], rtol=1e-9)
+
 @pytest.mark.parametrize('exc', [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize('where', ['model', 'data'])
 def test_exceptions_change_nothing(where, exc):
@@ -252,6 +278,9 @@ def test_bar(capsys):
 @pytest.mark.parametrize('n', [0, -1, 2.5, '10', True, None])
 def test_bad_n(n):
     with pytest.raises(ValueError, match='n='): precise_bn(conv_net(), [tilted(4)], n=n)
+
+def test_a_tensor_is_no_batches():
+    with pytest.raises(ValueError, match='split'): precise_bn(conv_net(), tilted(4))
 
 def test_no_data():
     m = conv_net(); before = snapshot(m)
