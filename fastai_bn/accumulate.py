@@ -63,13 +63,14 @@ class AccumulateGradBN(Callback):
         self.n_step,self.weight,self.last = int(n_step),weight,last
         self._window,self._micro,self._layers,self._n_iter,self._warned = None,None,{},0,False
 
-# %% ../nbs/01_accumulate.ipynb #f4c43c5c
+# %% ../nbs/01_accumulate.ipynb #ec76c18b
 @dataclass
 class _Window:
     "What the micro-batches since the last optimizer step have left"
     count: int = 0           # Micro-batches
     total: float = 0.        # Summed denominators
     scale: float|None = None # What the losses were divided by: the denominator expected of the whole window. None: nothing
+    all: float|None = None   # Summed denominators of all processes' windows, known from the last micro-batch on
     moments: BNMoments = field(default_factory=BNMoments)
 
 @dataclass
@@ -193,7 +194,7 @@ def _backward(cb:AccumulateGradBN, learn:Learner):
     cb._micro.backward = True
     with capture_moments(cb._layers): type(learn)._backward(learn)
 
-# %% ../nbs/01_accumulate.ipynb #ab630a35
+# %% ../nbs/01_accumulate.ipynb #33bd90dd
 @patch
 def after_loss(self:AccumulateGradBN):
     "Scale the loss to its share of the window"
@@ -202,30 +203,39 @@ def after_loss(self:AccumulateGradBN):
     if d is not None and not 0 <= (d := float(d)) < math.inf:
         raise ValueError(f"weight(pred, *yb) returned {d}: the denominator of a batch's loss is a number of at least 0")
     self._micro.denominator = d
-    if d == 0: self.learn.loss = torch.zeros_like(self.learn.loss, requires_grad=False)  # 0/0 so far
-    if not d: return
-    if w.scale is None: w.scale = d*self.n_step
-    elif d*self.n_step > 4*w.scale: self._rescale(d*self.n_step)
-    self.learn.loss_grad = self.loss_grad * (d/w.scale)
+    if self._completes(w.count+1): w.all,n = self._all_ranks(w.total + (1 if d is None else d))
+    if d is None: return
+    if w.all is not None: self._rescale(w.all/n)
+    elif w.scale is None or d*self.n_step > 4*w.scale: self._rescale(d*self.n_step)
+    if d == 0: self.learn.loss,self.learn.loss_grad = torch.zeros_like(self.learn.loss, requires_grad=False),self._zero_loss()
+    else: self.learn.loss_grad = self.loss_grad * (d/w.scale)
 
 @patch
+def _all_ranks(self:AccumulateGradBN, x:float) -> tuple[float,int]:
+    "The sum of `x` over the processes of DistributedDataParallel, and their number"
+    if not isinstance(self.model, nn.parallel.DistributedDataParallel): return x,1
+    t = torch.tensor(x, dtype=torch.float64, device=next(self.model.parameters()).device)
+    torch.distributed.all_reduce(t, group=self.model.process_group)
+    return t.item(),torch.distributed.get_world_size(self.model.process_group)
+
+@patch
+def _zero_loss(self:AccumulateGradBN) -> Tensor:
+    "A loss with a gradient of zero for each parameter, whatever was predicted: all processes take part in the all-reduce"
+    return sum((p*0).sum() for p in self.model.parameters() if p.requires_grad)
+
+# %% ../nbs/01_accumulate.ipynb #383afcf9
+@patch
 def _rescale(self:AccumulateGradBN, scale:float):
-    "Divide the window's gradients by `scale` instead of what they were divided by; not those of summed losses"
-    w,grads = self._window,[p.grad for p,*_ in self.opt.all_params(with_grad=True)]
-    if w.scale is None: return
+    "Divide the window's gradients by `scale` instead of what they were divided by"
+    w = self._window
+    grads = [p.grad for p,*_ in self.opt.all_params(with_grad=True)] if w.scale and scale else []
     if grads and scale != w.scale: torch._foreach_mul_(grads, w.scale/scale)
-    w.scale = scale
+    w.scale = scale or w.scale
 
 @patch
 def after_batch(self:AccumulateGradBN):
     "Nothing to log where no target counted: the Recorder, which comes later, passes over batches without targets"
     if self._micro is not None and self._micro.denominator == 0: self.learn.yb = ()
-
-# %% ../nbs/01_accumulate.ipynb #265c7e9b
-@patch
-def before_backward(self:AccumulateGradBN):
-    "No gradient where no target counts"
-    if self._micro.denominator == 0: raise CancelBackwardException
 
 @patch
 def after_cancel_backward(self:AccumulateGradBN): "No gradient, no weight"; self._micro.denominator = 0.
@@ -238,7 +248,7 @@ def after_backward(self:AccumulateGradBN):
     w.total += 1 if m.denominator is None else m.denominator
     w.moments = w.moments.merge(m.moments)
 
-# %% ../nbs/01_accumulate.ipynb #33243590
+# %% ../nbs/01_accumulate.ipynb #3b47a142
 @patch
 def _completes(self:AccumulateGradBN, count:int) -> bool:
     "Does a window of `count` micro-batches end with the current batch?"
@@ -257,10 +267,12 @@ def before_step(self:AccumulateGradBN):
     if not self._completes(w.count):
         self._micro.skipped = True
         raise CancelBatchException
-    if not w.total: raise CancelStepException
-    self._rescale(w.total)
+    if not isinstance(self.model, nn.parallel.DistributedDataParallel):
+        w.all = w.total  # Less than it seemed, if the last backward pass was cancelled
+        self._rescale(w.total)
+    if not w.all: raise CancelStepException
 
-# %% ../nbs/01_accumulate.ipynb #a8d55fe6
+# %% ../nbs/01_accumulate.ipynb #dabe5006
 @patch
 def after_cancel_step(self:AccumulateGradBN): "No step, no window"; self._window = _Window()
 
@@ -275,7 +287,7 @@ def after_cancel_batch(self:AccumulateGradBN):
     "Somebody else cancelled the batch: forget it, and the window with it if its gradient is in there already"
     m = self._micro
     if m is None or m.skipped or self._window is None: return
-    self._micro = None
+    self._micro,self._window.all = None,None
     if m.backward: self.opt.zero_grad(); self._window = _Window()
 
 # %% ../nbs/01_accumulate.ipynb #11b21882

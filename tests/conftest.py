@@ -42,7 +42,7 @@ class At:
     def __call__(self, i): return self.xs[i]
 
 def get_dls(xs, ys, bs, valid=None, **kw):
-    mk = lambda x,y,**k: TfmdDL(Datasets(range(len(x)), [[At(x)],[At(y)]]), bs=bs, **k)
+    mk = lambda x,y,**k: TfmdDL(Datasets(range(len(x)), [[At(x)],[At(y)]]), bs=bs, num_workers=0, **k)
     return DataLoaders(mk(xs, ys, **kw), mk(*(valid or (xs,ys))), device='cpu')
 
 def get_learner(dls, model, cbs=(), loss_func=None, opt_func=SGD, **kw):

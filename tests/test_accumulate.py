@@ -584,7 +584,8 @@ def test_mixup_weighs_samples(cls):
     learn = get_learner(get_dls(xs, ys, 4), conv_net().float(), [AccumulateGradBN(3), cls(), See(), Scaled()], loss_func=CrossEntropyLossFlat())
     do_fit(learn)
     train = [(a,b) for a,b in zip(seen[::2],seen[1::2])][:3]
-    for (loss,n),scaled in train: assert scaled == pytest.approx(loss*n/12, rel=1e-5)
+    assert [n for (_,n),_ in train] == [4,4,2]
+    for ((loss,n),scaled),all in zip(train, (12,12,10)): assert scaled == pytest.approx(loss*n/all, rel=1e-5)  # the last knows them all
     assert_pristine(learn)
 
 def test_save_model_early_stopping_and_train_metrics(tmp_path):
@@ -609,6 +610,37 @@ def test_ddp_all_reduces_once_per_window(tmp_path):
         assert len(reduced) == 2
         assert_same(model.module, reference_fit(conv_net(), windows_of(xs, ys, 4, 4), mean_ce))
     finally: torch.distributed.destroy_process_group()
+
+def _rank(rank, world, path, empty, q):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{path}', rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    xs,ys = rank_data(rank, empty)
+    model = nn.parallel.DistributedDataParallel(conv_net(), broadcast_buffers=False)
+    do_fit(get_learner(get_dls(xs, ys, 4), model, AccumulateGradBN(3)), 2)
+    q.put((rank, {k:v.tolist() for k,v in model.module.state_dict().items()}))
+    torch.distributed.destroy_process_group()
+
+def rank_data(rank, empty):
+    xs,ys = tilted(24, seed=rank),labels(24, seed=rank)
+    for r,i in empty:
+        if r == rank: ys[i] = -100
+    return xs,ys
+
+@pytest.mark.parametrize('empty', [[], [(1,0),(1,1),(1,2),(0,7)], [(1,i) for i in range(8,12)], [(1,i) for i in range(12)], [(r,i) for i in range(12) for r in (0,1)]],
+                         ids=['none','some','last micro-batch','window of one','window of both'])
+def test_two_processes_with_other_denominators(tmp_path, empty):
+    ctx = torch.multiprocessing.get_context('spawn')
+    q = ctx.Queue()
+    ps = [ctx.Process(target=_rank, args=(r, 2, tmp_path/'pg', empty, q), daemon=True) for r in range(2)]
+    [p.start() for p in ps]
+    got = dict(q.get(timeout=60) for _ in ps)
+    [p.join(60) for p in ps]
+    w = [a+b for a,b in zip(*(windows_of(*rank_data(r, empty), 4, 3) for r in (0,1)))]
+    w = [o for o in w if any((y!=-100).any() for _,y in o)]
+    ref = reference_fit(conv_net(), w, lambda p,y: (F.cross_entropy(p, y, reduction='sum'), (y!=-100).sum()), n_epoch=2)
+    for r in (0,1):
+        for k,v in ref.named_parameters(): torch.testing.assert_close(torch.tensor(got[r][k], dtype=F64), v.detach(), rtol=1e-10, atol=1e-11)
+    assert got[0]['1.running_mean'] != got[1]['1.running_mean']  # each its own
 
 def test_compiled_model():
     xs,ys = tilted(24),labels(24)
