@@ -7,12 +7,13 @@ Docs: https://fastai-bn.github.io/fastai_bn/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/all.ipynb #366528f8
+# %% ../nbs/all.ipynb #78b95a22
 from .moments import *
 from .accumulate import *
+from .paging import *
 from .precise import *
 from .hpa import *
 
-# %% ../nbs/all.ipynb #719dfee5
-from . import accumulate, hpa, moments, precise
-__all__ = [o for m in (moments, accumulate, precise, hpa) for o in m.__all__]
+# %% ../nbs/all.ipynb #1ff08de6
+from . import accumulate, hpa, moments, paging, precise
+__all__ = [o for m in (moments, accumulate, paging, precise, hpa) for o in m.__all__]

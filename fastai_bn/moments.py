@@ -15,7 +15,8 @@ from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% auto #0
-__all__ = ['Moments', 'bn_layers', 'BNMoments', 'BNCapture', 'capture_moments', 'update_running_stats']
+__all__ = ['Moments', 'bn_layers', 'BNMoments', 'BNCapture', 'capture_moments', 'update_running_stats', 'BNUpdates',
+           'hold_updates']
 
 # %% ../nbs/00_moments.ipynb #aa691647
 @dataclass
@@ -63,10 +64,14 @@ def bn_layers(
     "The BN layers of `model`: all instances of `_BatchNorm`, so `BatchNorm1d/2d/3d`, `SyncBatchNorm` and subclasses"
     return {n:m for n,m in model.named_modules() if isinstance(m, _BatchNorm)}
 
-# %% ../nbs/00_moments.ipynb #6afff487
+# %% ../nbs/00_moments.ipynb #ffe1406d
+def _running(m:nn.Module) -> tuple:
+    "The running statistics of `m`: mean, variance, number of batches; None for what it does not have"
+    return tuple(m._buffers.get(k) for k in ('running_mean','running_var','num_batches_tracked'))
+
 def _counts(m:nn.Module) -> bool:
     "Would a forward pass of `m` update its running statistics?"
-    return m.training and m.track_running_stats and m._buffers['running_mean'] is not None
+    return m.training and m.track_running_stats and _running(m)[0] is not None
 
 # %% ../nbs/00_moments.ipynb #2db5876d
 def _widths(channels:dict[str,int]) -> list[int]:
@@ -121,15 +126,15 @@ class _Scratch:
         n = n.repeat_interleave(torch.tensor(_widths(self.channels), device=device), output_size=len(mean))
         return BNMoments(self.channels, {k:o for k,o in self.counts.items() if o}, Moments(n, mean, var*(n-1).clamp_(min=0)))
 
-# %% ../nbs/00_moments.ipynb #b6ba8068
+# %% ../nbs/00_moments.ipynb #5febe47a
 def _one_value(name:str, m:nn.Module, x:Tensor) -> ValueError:
     "What to do when BN layer `m` gets one value per channel"
     return ValueError(f"BatchNorm cannot normalise one value per channel: layer '{name}' ({type(m).__name__}, {m.num_features} "
         f"channels) got an input of shape {list(x.shape)} in training mode. Use a batch of at least 2 samples there (bs=2, "
-        "drop_last=True for the last batch), or freeze this layer (BnFreeze, or layer.eval() before each epoch), or replace it "
-        "by a norm of single samples (GroupNorm, LayerNorm).")
+        "drop_last=True for the last batch), or normalise more samples together (AccumulateGradBN(bn_bs='window')), or freeze this "
+        "layer (BnFreeze, or layer.eval() before each epoch), or replace it by a norm of single samples (GroupNorm, LayerNorm).")
 
-# %% ../nbs/00_moments.ipynb #67da96a6
+# %% ../nbs/00_moments.ipynb #7570b77b
 class BNCapture:
     "Moments of BN layers as `capture_moments` finds them"
     def __init__(self,
@@ -138,30 +143,29 @@ class BNCapture:
         self.layers = {k:m for k,m in layers.items() if m._buffers.get('running_mean') is not None}
         self._uses = []  # the k-th call of each layer is in the k-th
 
-    def _buffers(self, name:str, n:int) -> tuple[Tensor,Tensor,Tensor]:
-        "Scratch buffers (mean, variance, number of batches) for a call of layer `name` on `n` values per channel"
+    def _lend(self, name:str, n:int) -> tuple[tuple[Tensor,Tensor,Tensor],float]:
+        "Scratch buffers (mean, variance, number of batches) and momentum for a call of layer `name` on `n` values per channel"
         for s in self._uses:
             if name not in s.counts: break
         else: self._uses.append(s := _Scratch(self.layers))
         s.counts[name] = n
-        return s.buffers[name]
+        return s.buffers[name],1.
 
     @property
     def moments(self) -> BNMoments:
         "The moments of all that each layer saw"
         return reduce(BNMoments.merge, (o.moments() for o in self._uses), BNMoments())
 
-# %% ../nbs/00_moments.ipynb #11c5ed67
-def _capturing(name:str, m:nn.Module, cap:BNCapture):
-    "A `forward` for BN layer `m` that leaves its moments in `cap`"
+# %% ../nbs/00_moments.ipynb #99e822b3
+def _borrowing(name:str, m:nn.Module, cap):
+    "A `forward` for BN layer `m` that updates buffers which `cap` lends instead of its own"
     inner = getattr(m.forward, '_inner', m.forward)
     def forward(x, *args, **kwargs):
         if not _counts(m): return inner(x, *args, **kwargs)
         b,momentum,n = m._buffers,m.momentum,x.numel()//m.num_features
-        mine = b['running_mean'],b['running_var'],b['num_batches_tracked']
+        mine = _running(m)
         try:
-            b['running_mean'],b['running_var'],b['num_batches_tracked'] = cap._buffers(name, n)
-            m.__dict__['momentum'] = 1.
+            (b['running_mean'],b['running_var'],b['num_batches_tracked']),m.__dict__['momentum'] = cap._lend(name, n)
             return inner(x, *args, **kwargs)
         except ValueError as e:
             if n == 1: raise _one_value(name, m, x) from e
@@ -172,20 +176,24 @@ def _capturing(name:str, m:nn.Module, cap:BNCapture):
     forward._inner = inner
     return forward
 
-# %% ../nbs/00_moments.ipynb #90b0d1ae
+# %% ../nbs/00_moments.ipynb #0ea808b6
 @contextmanager
-def capture_moments(
-    layers:dict[str,nn.Module], # BN layers by name, as `bn_layers` gives them
-):
-    "Within, `layers` in training mode leave their moments in the `BNCapture` that is yielded, not in the running statistics"
-    cap,before = BNCapture(layers),[(m,m.__dict__.get('forward')) for m in layers.values()]
+def _lending(layers:dict[str,nn.Module], cap):
+    "Within, `layers` in training mode update the buffers that `cap` lends"
+    before = [(m,m.__dict__.get('forward')) for m in layers.values()]
     try:
-        for n,m in layers.items(): m.__dict__['forward'] = _capturing(n, m, cap)
+        for n,m in layers.items(): m.__dict__['forward'] = _borrowing(n, m, cap)
         yield cap
     finally:
         for m,f in before:
             if f is None: m.__dict__.pop('forward', None)
             else: m.__dict__['forward'] = f
+
+def capture_moments(
+    layers:dict[str,nn.Module], # BN layers by name, as `bn_layers` gives them
+):
+    "Within, `layers` in training mode leave their moments in the `BNCapture` that is yielded, not in the running statistics"
+    return _lending(layers, BNCapture(layers))
 
 # %% ../nbs/00_moments.ipynb #1314d53e
 @torch.no_grad()
@@ -207,3 +215,27 @@ def _factor(m:nn.Module) -> float:
     "Count one more batch, and say how much it weighs"
     if m.num_batches_tracked is not None: m.num_batches_tracked += 1
     return m.momentum if m.momentum is not None else 1/float(m.num_batches_tracked)
+
+# %% ../nbs/00_moments.ipynb #fea3f892
+class BNUpdates:
+    "Running statistics of BN layers as `hold_updates` finds them"
+    def __init__(self,
+        layers:dict[str,nn.Module], # BN layers by name
+    ):
+        self._own = {k:b for k,m in layers.items() if (b := _running(m))[0] is not None}
+        self._new = {k:tuple(o if o is None else o.clone() for o in b) for k,b in self._own.items()}
+        self._layers = layers
+
+    def _lend(self, name:str, n:int): return self._new[name],self._layers[name].momentum
+
+    @torch.no_grad()
+    def commit(self):
+        "Write what forward passes made of the copies into the layers' own buffers, in place"
+        pairs = [(o,n) for k in self._own for o,n in zip(self._own[k], self._new[k]) if o is not None]
+        if pairs: torch._foreach_copy_(*map(list, zip(*pairs)))
+
+def hold_updates(
+    layers:dict[str,nn.Module], # BN layers by name, as `bn_layers` gives them
+):
+    "Within, `layers` in training mode update copies of their running statistics; the `BNUpdates` that is yielded commits them"
+    return _lending(layers, BNUpdates(layers))

@@ -11,7 +11,6 @@ from fastai.vision.all import (Adam, BCEWithLogitsLossFlat, BnFreeze, Callback, 
     load_learner, noop, params, resnet18, to_float)
 
 from fastai_bn.accumulate import *
-from fastai_bn.accumulate import _n_windows
 from conftest import (F64, Inputs, assert_differ, assert_pristine, assert_same, conv_net, do_fit, get_dls, get_learner, labels,
                       reference_fit, snapshot, tilted, windows_of)
 
@@ -163,7 +162,6 @@ def test_number_of_steps(n, last, steps):
     learn = get_learner(get_dls(tilted(n), labels(n), 2), conv_net(), [AccumulateGradBN(4, last=last), Track()])
     do_fit(learn, 2)
     assert learn.track.steps == 2*steps
-    assert _n_windows(4, -(-n//2), last) == steps
     assert learn.model[1].num_batches_tracked == 2*steps
 
 def test_the_loss_that_is_logged_is_unscaled():

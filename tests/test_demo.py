@@ -9,12 +9,13 @@ def test_on_a_folder_in_the_real_layout(tmp_path, capsys):
     make_hpa(tmp_path/'d', n=20, size=32)
     demo.main(f'--data {tmp_path}/d --size 32 --epochs 2 --n-step 3 --bs 2 --out {tmp_path}/out'.split())
     out,t = capsys.readouterr().out,pd.read_csv(tmp_path/'out'/'demo.csv', index_col=0)
-    assert list(t.columns) == ['train_loss','valid_loss','macro_f1','seconds','steps'] and len(t) == 4
-    assert t.steps.tolist() == [4,5,6,6]  # 16 images an epoch: 2 batches of 6; 16//3 micro-batches in two epochs, carried over; 3 windows
+    assert list(t.columns) == ['train_loss','valid_loss','macro_f1','seconds','steps'] and len(t) == 5
+    assert t.steps.tolist() == [4,5,6,6,4]  # 16 images an epoch: 2 batches of 6; 16//3 micro-batches in two epochs, carried over; 3 windows
     assert (tmp_path/'out'/'demo.png').stat().st_size > 10_000
     assert 'GradientAccumulation' in out and 'precise_bn' in out and 'demo.png' in out
     assert t.valid_loss.iloc[2] != t.valid_loss.iloc[3] and t.train_loss.iloc[2] == t.train_loss.iloc[3]
     assert t.seconds.iloc[3] > t.seconds.iloc[2] > 0
+    assert t.train_loss.iloc[4] == t.train_loss.iloc[0] and t.valid_loss.iloc[4] == pytest.approx(t.valid_loss.iloc[0], rel=1e-5)  # bn_bs='window'
 
 @pytest.mark.parametrize('split', [True, False])
 def test_on_an_image_folder(tmp_path, split, capsys):

@@ -3,10 +3,13 @@ import random
 import numpy as np, pytest, torch
 import torch.multiprocessing as mp
 from torch import nn
-from fastai.basics import DataLoader, DataLoaders, Datasets, TfmdDL
+from fastai.basics import Callback, DataLoader, DataLoaders, Datasets, L, Learner, TfmdDL, accuracy
+from fastai.callback.tracker import SaveModelCallback
 
+from fastai_bn.accumulate import AccumulateGradBN
+from fastai_bn.moments import BNMoments, bn_layers, capture_moments
 from fastai_bn.precise import *
-from conftest import At, F64, conv_net, get_dls, get_learner, labels, snapshot, tilted
+from conftest import At, F64, assert_pristine, conv_net, do_fit, get_dls, get_learner, labels, snapshot, tilted
 
 
 def reference(xs):
@@ -113,7 +116,8 @@ def test_table_says_how_far_off():
     m[0].running_mean.copy_(torch.tensor(mean + .5*np.sqrt(var+m[0].eps)))
     m[0].running_var.copy_(torch.tensor((var+m[0].eps)*[.5,2,4]-m[0].eps))
     t = precise_bn(m, [x], progress=False)
-    assert t.columns.tolist() == ['layer','channels','samples','values','mean_shift','var_ratio']
+    assert t.columns.tolist() == ['layer','channels','samples','values','mean_shift','var_ratio','worst_channel','batch_noise']
+    assert t.worst_channel[0] == 2 and np.isnan(t.batch_noise[0])
     assert t.layer[0] == '0' and t.channels[0] == 3
     assert t.mean_shift[0] == pytest.approx(.5, rel=1e-9) and t.var_ratio[0] == pytest.approx(4**(1/3), rel=1e-9)
     t = precise_bn(m, [x], progress=False)
@@ -143,6 +147,141 @@ def test_a_last_batch_of_one_behind_pooling():
     assert precise_bn(m, x.split(4), progress=False).samples[0] == 9
     np.testing.assert_allclose(m[2].running_var, reference([x.mean((2,3))])[1], rtol=1e-12)
     with pytest.raises(ValueError, match="layer '2'"): precise_bn(m, x.split(1), progress=False)
+
+class Named(nn.Module):
+    def __init__(self): super().__init__(); self.bn = nn.BatchNorm2d(3).double()
+    def forward(self, image, scale=1.): return self.bn(image*scale)
+class Whole(Named):
+    def forward(self, batch): return self.bn(batch['image'])
+class Any(Named):
+    def forward(self, **kw): return self.bn(kw['image'])
+
+@pytest.mark.parametrize('cls', [Named, Whole, Any])
+def test_dict_batches(cls):
+    x = tilted(9)
+    m = cls()
+    assert precise_bn(m, [dict(image=o, label=labels(len(o))) for o in x.split(4)], progress=False).samples[0] == 9  # the single one joins
+    np.testing.assert_allclose(m.bn.running_var, reference([x])[1], rtol=1e-12)
+    if cls is Named:
+        precise_bn(m, [dict(image=x, scale=2.)], progress=False)
+        np.testing.assert_allclose(m.bn.running_var, reference([2*x])[1], rtol=1e-12)
+
+def test_autocast():
+    x,m = torch.randn(40,3,8,8)+2,conv_net().float()
+    ref = conv_net().float()
+    precise_bn(ref, x.split(8), progress=False)
+    with torch.autocast('cpu', torch.bfloat16): precise_bn(m, x.split(8), progress=False)
+    for k in (1,4):
+        assert not torch.equal(m[k].running_var, ref[k].running_var) and m[k].running_var.dtype == torch.float32
+        torch.testing.assert_close(m[k].running_var, ref[k].running_var, rtol=.03, atol=1e-4)
+
+@pytest.mark.parametrize('sizes', [[1]*12, [2]*6, [5,5,2], [12]])
+@pytest.mark.parametrize('bn_bs', [1, 4, 6, 12, 50])
+def test_bn_bs_is_the_batch_that_normalises(sizes, bn_bs):
+    x,m,ref = tilted(12),conv_net(),conv_net()
+    precise_bn(ref, x.split(bn_bs), progress=False)
+    precise_bn(m, x.split(sizes), bn_bs=bn_bs, progress=False)
+    assert all(torch.equal(a, b) for a,b in zip(m.state_dict().values(), ref.state_dict().values()))
+    if len(sizes) > 1 and bn_bs > max(sizes):
+        as_they_come = conv_net(); precise_bn(as_they_come, x.split(sizes), progress=False)
+        assert not torch.allclose(as_they_come[4].running_var, m[4].running_var, rtol=1e-3)
+
+def test_bn_bs_and_n():
+    assert precise_bn(conv_net(), tilted(40).split(2), n=9, bn_bs=4, progress=False).samples[0] == 12
+    learn = get_learner(get_dls(tilted(21), labels(21), 2), conv_net())
+    assert learn.precise_bn(bn_bs=8).samples[0] == 21
+    ref = conv_net(); precise_bn(ref, tilted(21).split(8), progress=False)
+
+@pytest.mark.filterwarnings('ignore:A budget on the CPU', 'ignore:.*alone needs')
+def test_budget_changes_no_bit():
+    def wide(): torch.manual_seed(0); return nn.Sequential(nn.Conv2d(3,16,3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16,16,3), nn.BatchNorm2d(16))
+    x = torch.randn(20,3,32,32)
+    a,b = wide(),wide()
+    precise_bn(a, x.split(4), bn_bs=10, progress=False); precise_bn(b, x.split(4), bn_bs=10, budget=1, progress=False)
+    assert all(torch.equal(p, q) for p,q in zip(a.state_dict().values(), b.state_dict().values()))
+    assert a[1].running_mean.abs().max() > 0
+
+# --- Work stops after the last BN layer
+
+class Counted(nn.Module):
+    def __init__(self): super().__init__(); self.n = 0
+    def forward(self, x): self.n += 1; return x
+
+def test_what_comes_after_the_last_layer_runs_once():
+    m,ref,x = conv_net(),conv_net(),tilted(12)
+    m.append(head := Counted())
+    precise_bn(m, x.split(3), progress=False)
+    assert head.n == 1
+    total = BNMoments()
+    for b in x.split(3):  # all the way
+        with torch.no_grad(), capture_moments(bn_layers(ref)) as cap: ref(b)
+        total = total.merge(cap.moments)
+    for k,o in total.items(): torch.testing.assert_close(dict(m.named_modules())[k].running_var, o.var(), rtol=0, atol=0)
+    assert not any(o._forward_hooks for o in m.modules())
+
+@pytest.mark.parametrize('kind', ['twice','never','sometimes twice','compiled'])
+def test_it_runs_through_where_stopping_is_not_safe(kind):
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.b,self.head,self.n = nn.BatchNorm2d(3),nn.BatchNorm2d(3),Counted(),0
+        def forward(self, x):
+            self.n += 1
+            x = self.a(x)
+            if kind == 'twice' or (kind == 'sometimes twice' and self.n == 2): x = self.a(2*x+1)
+            if kind != 'never': x = self.b(x)
+            return self.head(x)
+    m,x = Net().double(),tilted(12)
+    run = torch.compile(m, backend='eager') if kind == 'compiled' else m
+    t = precise_bn(run, x.split(3), progress=False)
+    assert m.head.n >= (2 if kind == 'sometimes twice' else 4)
+    if kind == 'sometimes twice': assert t['values'].tolist() == [5*3*36, 12*36]
+    if kind == 'never': assert t.samples.tolist() == [12,0] and t.worst_channel[1] == -1
+    assert not any(o._forward_hooks for o in m.modules())
+
+def test_an_except_clause_in_the_model_does_not_swallow_the_stop():
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.bn,self.head = nn.BatchNorm2d(3),Counted()
+        def forward(self, x):
+            try: x = self.bn(x)
+            except Exception: raise AssertionError
+            return self.head(x)
+    m = Net().double()
+    precise_bn(m, tilted(12).split(3), progress=False)
+    assert m.head.n == 1
+
+# --- Batch noise
+
+def test_batch_noise_by_hand():
+    x = tilted(12)
+    t = precise_bn(first_bn(), x.split(3), progress=False)
+    mean,var = x.mean((0,2,3)),x.var((0,2,3), correction=0)
+    between = torch.stack([((b.mean((0,2,3))-mean)**2) for b in x.split(3)]).mean(0)
+    assert t.batch_noise[0] == pytest.approx((between/(var+1e-5)).mean().sqrt().item(), rel=1e-9)
+    noise = [precise_bn(first_bn(), torch.randn(4000,3,1,1, dtype=F64).split(k), progress=False).batch_noise[0] for k in (4,16)]
+    assert noise == pytest.approx([.5, .25], rel=.05)  # independent values: one over the root of their number
+    blank = tilted(8); blank[:,1] = 0
+    assert np.isfinite(precise_bn(first_bn(), blank.split(4), progress=False).batch_noise[0])
+
+# --- One set of statistics per domain
+
+def test_bn_state_round_trip():
+    m = nn.Sequential(nn.BatchNorm2d(3, momentum=None), nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3)).double()
+    m(tilted(4))
+    keep = bn_state(m)
+    assert list(keep) == [f'{i}.{k}' for i in (0,2) for k in ('running_mean','running_var','num_batches_tracked')]
+    weights,rm = snapshot(m),m[0].running_mean
+    m(tilted(4, seed=1))
+    assert not torch.equal(keep['0.running_mean'], m[0].running_mean)  # a copy
+    load_bn_state(m, keep)
+    torch.testing.assert_close(snapshot(m), weights, rtol=0, atol=0)
+    assert m[0].running_mean is rm
+    assert list(bn_state(m[0])) == ['running_mean','running_var','num_batches_tracked']
+
+@pytest.mark.parametrize('other', [nn.Sequential(nn.BatchNorm2d(4)), nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)), nn.Sequential(nn.Conv2d(3,3,1)), nn.BatchNorm2d(3)])
+def test_another_models_state(other):
+    m = nn.Sequential(nn.BatchNorm2d(3)); m(torch.randn(4,3,2,2))
+    before = snapshot(m)
+    with pytest.raises(ValueError, match="another model's"): load_bn_state(m, bn_state(other))
+    torch.testing.assert_close(snapshot(m), before, rtol=0, atol=0)
 
 # --- Nothing else changes
 
@@ -291,6 +430,135 @@ def test_no_data():
 def test_nothing_to_update_says_so(model):
     with pytest.warns(UserWarning, match='no layer to update'): t = precise_bn(model, [tilted(4)])
     assert len(t) == 0 and 'mean_shift' in t
+
+@pytest.mark.parametrize('bn_bs', [0, -1, 2.5, 'window', True])
+def test_bad_bn_bs(bn_bs):
+    with pytest.raises(ValueError, match='bn_bs='): precise_bn(conv_net(), [tilted(4)], bn_bs=bn_bs)
+
+def test_items_of_several_sizes_cannot_be_joined():
+    with pytest.raises(ValueError, match='cannot be joined'): precise_bn(conv_net(), [tilted(2), tilted(2, size=(8,8))], bn_bs=4, progress=False)
+    precise_bn(conv_net(), [tilted(2), tilted(2, size=(8,8))], progress=False)
+
+# --- Report
+
+def test_report_changes_nothing(capsys):
+    import matplotlib.pyplot as plt
+    learn = get_learner(get_dls(tilted(20), labels(20), 2, shuffle=True), conv_net())
+    do_fit(learn)
+    before,modes,state = snapshot(learn.model),[o.training for o in learn.model.modules()],torch.get_rng_state()
+    n = len(plt.get_fignums())
+    t = learn.bn_report()
+    assert len(plt.get_fignums()) == n+1 and len(plt.gcf().axes) == 3
+    plt.close('all')
+    torch.testing.assert_close(snapshot(learn.model), before, rtol=0, atol=0)
+    assert [o.training for o in learn.model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
+    assert ' '.join(t.attrs['advice']) in ' '.join(capsys.readouterr().out.split('\n')) and 'precise_bn' in t.attrs['advice'][0]
+    learn.bn_report(plot=False)
+    assert not plt.get_fignums()
+    torch.testing.assert_close(learn.precise_bn(n=1000)[['mean_shift','var_ratio']].values, t[['mean_shift','var_ratio']].values, rtol=0, atol=0)
+    learn.precise_bn(bn_bs=20)
+    assert 'precise_bn' not in ' '.join(learn.bn_report(dl=tilted(20).split(20), plot=False).attrs['advice'])
+
+# --- While training
+
+def precise_fit(cb, n_epoch=3, cbs=(), lr=.1, **kw):
+    xs,ys = tilted(24),labels(24)
+    learn = get_learner(get_dls(xs, ys, 2, shuffle=True, valid=(tilted(10, seed=5),labels(10, seed=5))), conv_net(), [*L(cb), *L(cbs)], metrics=accuracy, **kw)
+    random.seed(0); torch.manual_seed(0)
+    do_fit(learn, n_epoch, lr)
+    return learn
+
+class Stats(Callback):
+    "What `after_epoch` finds, where SaveModelCallback and early stopping look"
+    order = 55
+    def before_fit(self): self.stats,self.valid = [],[]
+    def after_epoch(self):
+        if not hasattr(self, 'epoch') or len(self.recorder.values) == len(self.stats): return
+        self.stats.append(bn_state(self.model)); self.valid.append(list(self.recorder.values[-1]))
+
+def test_training_is_not_changed():
+    random.seed(0); a = precise_fit([])
+    random.seed(0); b = precise_fit(PreciseBN())
+    for (k,p),q in zip(a.model.named_parameters(), b.model.parameters()): assert torch.equal(p, q), k
+    assert [o.item() for o in a.recorder.losses] == [o.item() for o in b.recorder.losses]
+    assert not torch.equal(a.model[1].running_var, b.model[1].running_var)
+    assert a.recorder.values[-1][1] != b.recorder.values[-1][1]
+
+@pytest.mark.parametrize('every,epochs', [(1,[0,1,2,3,4]), (2,[1,3,4]), (9,[4])])
+def test_every(every, epochs, monkeypatch):
+    calls = []
+    real = Learner._measured
+    monkeypatch.setattr(Learner, '_measured', lambda self, *a, **k: (calls.append(self.epoch), real(self, *a, **k))[1])
+    learn = precise_fit(PreciseBN(every=every), 5)
+    assert calls == epochs
+    ref = conv_net(); ref.load_state_dict(learn.model.state_dict()); precise_bn(ref, tilted(24).split(2), progress=False)  # order matters in deeper layers only
+    torch.testing.assert_close(learn.model[1].running_var, ref[1].running_var, rtol=1e-12, atol=0)
+
+def test_what_is_recorded_is_validated_with_precise_statistics():
+    learn = precise_fit(PreciseBN())
+    final = list(learn.recorder.values[-1])[1:]
+    with learn.no_logging(): assert list(learn.validate()) == final
+
+@pytest.mark.parametrize('name', ['valid_loss','accuracy'])
+def test_keep_if_better_never_loses(name):
+    learn = precise_fit(PreciseBN(keep_if_better=name), 6, Stats())
+    plain,always = precise_fit([], 6, Stats()),precise_fit(PreciseBN(), 6, Stats())
+    i = 1 if name == 'valid_loss' else 2
+    better = min if name == 'valid_loss' else max
+    assert learn.stats.valid[0][i] == better(plain.stats.valid[0][i], always.stats.valid[0][i])  # later the moving averages begin elsewhere
+    assert [v[0] for v in learn.stats.valid] == [v[0] for v in plain.stats.valid]  # train loss
+    assert len(learn.recorder.values) == 6
+    final = learn.stats.valid[-1][1:]
+    with learn.no_logging(): assert list(learn.validate()) == final  # what is recorded is the score of the statistics that are there
+
+@pytest.mark.parametrize('good', [False, True])
+def test_keep_if_better_decides_by_the_score(good, capsys, monkeypatch):
+    import fastai_bn.precise as P
+    real = P._write
+    if good: monkeypatch.setattr(P, '_write', lambda layers, moments: (real(layers, moments), layers['1'].running_var.fill_(1e-12)))  # precise statistics that are bad
+    class Spoil(Callback):
+        order = 40
+        def after_train(self):
+            if not good: self.model[1].running_var.fill_(1e-12)
+    xs,ys = tilted(24),labels(24)
+    learn = get_learner(get_dls(xs, ys, 2), conv_net(), [PreciseBN(keep_if_better='valid_loss'), Spoil(), Stats()], metrics=accuracy)
+    lines = []
+    learn.logger = lines.append
+    learn.fit(2, .1)
+    bad = learn.model[1].running_var.max() < 1e-5
+    assert not bad  # whichever was spoilt, the other was kept
+    out = capsys.readouterr().out
+    assert ('are kept' in out) == good
+    assert len(learn.recorder.values) == 2 and all(len(v) == 3 for v in learn.recorder.values) and all(len(o) == 5 for o in lines)
+    final = learn.stats.valid[-1][1:]
+    assert list(learn.validate()) == final
+
+def test_saved_model_has_the_statistics_that_were_kept(tmp_path):
+    learn = precise_fit(PreciseBN(keep_if_better='valid_loss'), 4, [SaveModelCallback(), Stats()], path=tmp_path)
+    best = min(range(4), key=lambda i: learn.stats.valid[i][1])
+    for k,v in learn.stats.stats[best].items(): assert torch.equal(learn.model.state_dict()[k], v)  # the best is loaded at the end
+
+def test_lr_find_is_left_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(Learner, '_measured', lambda *a, **k: 1/0)
+    learn = get_learner(get_dls(tilted(24), labels(24), 2), conv_net(), PreciseBN(), path=tmp_path)
+    with learn.no_logging(): learn.lr_find(num_it=30, show_plot=False)
+    learn.validate(); learn.get_preds()
+
+def test_with_accumulation():
+    xs,ys = tilted(24),labels(24)
+    learn = get_learner(get_dls(xs, ys, 2), conv_net(), [AccumulateGradBN(4, bn_bs='window'), PreciseBN()])
+    do_fit(learn, 2)
+    assert_pristine(learn)
+    rm = learn.model[1].running_var.clone()
+    precise_bn(learn.model, xs.split(2), progress=False)
+    torch.testing.assert_close(rm, learn.model[1].running_var, rtol=1e-9, atol=0)
+
+@pytest.mark.parametrize('kw', [dict(n=0), dict(every=0), dict(every=1.5), dict(n=True)])
+def test_bad_arguments_of_the_callback(kw):
+    with pytest.raises(ValueError, match=next(iter(kw))+'='): PreciseBN(**kw)
+
+def test_a_score_that_is_not_recorded():
+    with pytest.raises(ValueError, match="keep_if_better='f1'.*valid_loss, accuracy"): precise_fit(PreciseBN(keep_if_better='f1'))
 
 # --- Several processes
 

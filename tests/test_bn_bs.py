@@ -1,0 +1,406 @@
+"The batch of BN: `bn_bs`. In float32 and to the last bit, unless a test says otherwise"
+import copy, sys, types, weakref
+from collections import namedtuple
+
+import pytest, torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from fastai.vision.all import (Adam, Callback, CancelBatchException, CrossEntropyLossFlat, CutMix, DataLoader, DataLoaders, Datasets, DynamicUnet,
+    EarlyStoppingCallback, GradientClip, L, Learner, MixUp, SGD, SaveModelCallback, TensorCategory, TensorImage, TfmdDL, accuracy, create_body, load_learner,
+    noop, params, resnet18, set_seed)
+try: import accelerate
+except ImportError:  # fastai.distributed wants the name
+    class Accelerator:
+        def __init__(self, mixed_precision=None, fp16=None, log_with=None, logging_dir=None, step_scheduler_with_optimizer=None): pass
+    with pytest.MonkeyPatch.context() as mp:
+        mp.setitem(sys.modules, 'accelerate', types.SimpleNamespace(Accelerator=Accelerator))
+        import fastai.distributed
+from fastai.distributed import DistributedDL, DistributedTrainer
+
+from fastai_bn.accumulate import *
+from fastai_bn.accumulate import _BNBatches, _joined
+from conftest import (At, Float32Loss, assert_differ, assert_pristine, assert_same, conv_net, do_fit, get_dls, get_learner, labels, reference_fit,
+                      snapshot, tilted, windows_of)
+from test_accumulate import Boom, CPUScaler, Norms, RaiseAt, mean_ce
+
+WINDOWS = pytest.mark.parametrize('bs,n_step', [(2,8), (1,16), (4,4)])
+
+def head_net(p=.3):
+    "Dropout, and a head whose BatchNorm1d gets one value per sample"
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3,8,3,bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout2d(p), nn.Conv2d(8,8,3,padding=1), nn.BatchNorm2d(8, momentum=None),
+                         nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(8), nn.Dropout(p), nn.Linear(8,5))
+
+def shuffled(n, bs, drop_last=False, **kw):
+    xs,ys = tilted(n).float(),labels(n)
+    return DataLoaders(get_dls(xs, ys, bs, shuffle=True, drop_last=drop_last, **kw).train, get_dls(xs[:10], ys[:10], 5).train, device='cpu')
+
+def learner(dls, model=None, cbs=(), **kw):
+    "A learner with seeded data order, whatever was drawn before"
+    learn = get_learner(dls, model or head_net(), cbs, opt_func=kw.pop('opt_func', Adam), wd=kw.pop('wd', .1), metrics=kw.pop('metrics', accuracy), **kw)
+    learn.recorder.train_metrics = True
+    return learn
+
+def one_cycle(learn, n_epoch=3):
+    set_seed(7)
+    with learn.no_logging(): learn.fit_one_cycle(n_epoch, 1e-2)
+    return learn
+
+def fits(n, bs, n_step, make=head_net, cbs=lambda: (), train=one_cycle, last='step', seed=3, learner_kw=lambda: {}, **kw):
+    "The same training with a large batch, and with windows of as many samples that are one BN batch"
+    def fit(bs, *mine):
+        set_seed(seed)
+        return train(learner(shuffled(n, bs, last=='drop'), make(), [*mine, *L(cbs())], **learner_kw()))
+    return fit(bs*n_step),fit(bs, AccumulateGradBN(n_step, bn_bs='window', last=last, **kw))
+
+def assert_same_fit(big, ours):
+    "Weights, buffers, optimizer state, and all that was recorded"
+    for (k,a),b in zip(big.model.state_dict().items(), ours.model.state_dict().values()): assert torch.equal(a, b), k
+    for p,q in zip(big.opt.state_dict()['state'], ours.opt.state_dict()['state'], strict=True):
+        for k in p: assert torch.equal(torch.as_tensor(p[k]), torch.as_tensor(q[k])), k
+    r,s = big.recorder,ours.recorder
+    assert r.values == s.values and r.lrs == s.lrs and r.iters == s.iters
+    assert [o.item() for o in r.losses] == [o.item() for o in s.losses] and len(r.losses) > 0
+    assert_pristine(ours)
+    assert all('order' not in vars(cb) for cb in ours.cbs if isinstance(cb, AccumulateGradBN))
+
+
+# --- 'window': the fit of the large batch
+
+@WINDOWS
+@pytest.mark.parametrize('n,last', [(64,'step'), (70,'step'), (70,'drop'), (79,'drop')])
+def test_window_is_the_large_batch(bs, n_step, n, last):
+    big,ours = fits(n, bs, n_step, last=last)
+    assert_same_fit(big, ours)
+    assert len(ours.recorder.losses) == 3*(n//16 + (n%16 > 0 and last=='step'))
+
+def test_other_modes_are_not():
+    set_seed(3); big = one_cycle(learner(shuffled(64, 16)))
+    for kw in (dict(), dict(bn_bs=8)):
+        set_seed(3)
+        assert_differ(big.model, one_cycle(learner(shuffled(64, 4), cbs=AccumulateGradBN(4, **kw))).model)
+
+@pytest.mark.parametrize('bs', [3, 16])
+def test_int_of_the_windows_size_is_the_window(bs):
+    set_seed(3); a = one_cycle(learner(shuffled(50, bs), cbs=AccumulateGradBN(4, bn_bs=4*bs)))
+    set_seed(3); b = one_cycle(learner(shuffled(50, bs), cbs=AccumulateGradBN(4, bn_bs='window')))
+    assert_same_fit(a, b)
+
+@pytest.mark.parametrize('kw', [dict(), dict(bn_bs='window'), dict(bn_bs=8)])
+def test_n_step_1_is_no_accumulation(kw):
+    set_seed(3); plain = one_cycle(learner(shuffled(60, 8)))
+    set_seed(3); assert_same_fit(plain, one_cycle(learner(shuffled(60, 8), cbs=AccumulateGradBN(1, **kw))))
+
+def test_fine_tune_and_layers_used_twice():
+    def make(): return Norms().float()
+    def tune(learn):
+        set_seed(7)
+        with learn.no_logging(): learn.fine_tune(2, 1e-2)
+        return learn
+    assert_same_fit(*fits(70, 2, 8, make, train=tune, learner_kw=lambda: dict(splitter=lambda m: [params(m.m.c), params(m.m.head)])))
+
+@pytest.mark.parametrize('n,num_it', [(64,100), (70,12), (48,9), (16,7)])
+def test_lr_find_has_the_large_batchs_curve(n, num_it, tmp_path):
+    def find(learn):
+        set_seed(7)
+        with learn.no_logging(): learn.found = learn.lr_find(num_it=num_it, show_plot=False, stop_div=False)
+        return learn
+    big,ours = fits(n, 2, 8, train=find, learner_kw=lambda: dict(path=tmp_path))
+    assert len(big.recorder.losses) == num_it
+    assert_same_fit(big, ours)
+    assert big.found == ours.found
+
+@pytest.mark.parametrize('cbs', [MixUp, CutMix, lambda: GradientClip(.1), CPUScaler, lambda: CPUScaler(overflow_at=[2])], ids=['mixup','cutmix','clip','amp','amp with overflow'])
+def test_window_with_other_callbacks(cbs):
+    mk = lambda: dict(loss_func=CrossEntropyLossFlat()) if cbs in (MixUp,CutMix) else {}
+    if cbs in (MixUp,CutMix) or cbs is CPUScaler: return assert_same_fit(*fits(70, 2, 8, cbs=cbs, learner_kw=mk))
+    big,ours = fits(70, 2, 8, cbs=cbs, learner_kw=mk)
+    if isinstance(cbs(), GradientClip): return assert_same_fit(big, ours)
+    for (k,a),b in zip(big.model.named_parameters(), ours.model.parameters()): assert torch.equal(a, b), k
+    assert ours.model[1].num_batches_tracked == big.model[1].num_batches_tracked-1  # the step that was skipped left no trace
+
+def test_save_model_and_early_stopping(tmp_path):
+    class SaveAt(Callback):
+        def after_batch(self):
+            if self.training and self.iter==2 and self.epoch==1: self.learn.save('mid')
+    got = []
+    for kind,bs,cbs in (('big',16,[]),('ours',2,[AccumulateGradBN(8, bn_bs='window')])):
+        set_seed(3)
+        learn = learner(shuffled(70, bs), head_net(), [*cbs, SaveAt(), SaveModelCallback(), EarlyStoppingCallback(patience=1, min_delta=10.)], path=tmp_path/kind)
+        got.append(one_cycle(learn, 6))
+    assert_same_fit(*got)
+    assert len(got[1].recorder.values) == 2
+    for name in ('mid','model'):
+        a,b = (torch.load(tmp_path/k/'models'/f'{name}.pth', weights_only=False) for k in ('big','ours'))
+        for k,v in a.get('model', a).items(): assert torch.equal(v, b.get('model', b)[k])
+
+def test_export_and_fit_on(tmp_path):
+    ours = fits(64, 2, 8)[1]
+    ours.export(tmp_path/'e.pkl')
+    loaded = load_learner(tmp_path/'e.pkl')
+    loaded.dls = ours.dls
+    for l in (ours,loaded): set_seed(1); l.dls.train.rng.seed(0); l.create_opt(); l.logger = noop; do_fit(l)
+    for a,b in zip(ours.model.state_dict().values(), loaded.model.state_dict().values()): assert torch.equal(a, b)
+
+def test_unet():
+    def make(): torch.manual_seed(0); return DynamicUnet(create_body(resnet18(weights=None), cut=-2), 2, (32,32))
+    xs = tilted(12, size=(32,32)).float()
+    ys = (xs.mean(1)>0).long()
+    def fit(bs, *cbs):
+        set_seed(3)
+        learn = learner(get_dls(xs, ys, bs), make(), cbs, loss_func=CrossEntropyLossFlat(axis=1), metrics=[])
+        do_fit(learn, 1, 1e-3)
+        return learn
+    big,ours = fit(6),fit(1, AccumulateGradBN(6, bn_bs='window'))
+    for (k,a),b in zip(big.model.state_dict().items(), ours.model.state_dict().values()): assert torch.equal(a, b), k
+
+class Segments(nn.Module):
+    def __init__(self, reentrant): super().__init__(); self.net,self.reentrant = conv_net().float(),reentrant
+    def forward(self, x):
+        x = checkpoint(self.net[:3], x.requires_grad_(self.reentrant), use_reentrant=self.reentrant)
+        return self.net[5:](checkpoint(self.net[3:5], x, use_reentrant=self.reentrant))
+
+@pytest.mark.parametrize('reentrant', [False, True])
+def test_checkpointed_layers_count_once(reentrant):
+    def fit(bs, model, *cbs):
+        set_seed(3)
+        return one_cycle(learner(shuffled(64, bs), model, cbs)).model
+    plain,ours = fit(16, conv_net().float()),fit(2, Segments(reentrant), AccumulateGradBN(8, bn_bs='window')).net
+    for (k,a),b in zip(plain.state_dict().items(), ours.state_dict().values()): assert torch.equal(a, b), k
+
+def test_compiled_model():
+    torch._dynamo.reset()
+    def fit(bs, *cbs):
+        set_seed(3)
+        return one_cycle(learner(shuffled(64, bs), torch.compile(head_net(p=0.), backend='aot_eager'), cbs))
+    big,ours = fit(16),fit(2, AccumulateGradBN(8, bn_bs='window'))
+    for (k,a),b in zip(big.model.state_dict().items(), ours.model.state_dict().values()): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+# --- Ints: the fit by hand
+
+@pytest.mark.parametrize('n,bs,n_step,bn_bs', [(24,4,3,2), (24,4,3,6), (24,4,3,12), (23,4,3,6), (23,4,3,4), (23,2,6,4), (21,4,3,3), (24,6,2,4), (30,5,4,2)])
+@pytest.mark.parametrize('last', ['step','drop'])
+def test_int_is_the_fit_by_hand(n, bs, n_step, bn_bs, last):
+    xs,ys = tilted(n),labels(n)
+    learn = get_learner(get_dls(xs, ys, bs), conv_net(), AccumulateGradBN(n_step, bn_bs=bn_bs, last=last), opt_func=Adam)
+    do_fit(learn, 3)
+    size = n_step*bs
+    w = [[(a,b) for a,b in zip(xs[i:i+size].split(bn_bs), ys[i:i+size].split(bn_bs))] for i in range(0, n, size)]
+    if last=='drop' and n%size: w.pop()  # short: fewer samples
+    assert_same(learn.model, reference_fit(conv_net(), w, mean_ce, Adam, n_epoch=3))
+    assert_pristine(learn)
+    assert len(learn.recorder.losses) == 3*sum(map(len, w))
+
+def test_lr_find_with_an_int(tmp_path):
+    class Steps(Callback):
+        order,n = 60,0
+        def after_step(self): self.n += 1
+    learn = learner(shuffled(70, 4), cbs=[AccumulateGradBN(4, bn_bs=8), Steps()], path=tmp_path)
+    with learn.no_logging(): learn.lr_find(num_it=13, show_plot=False, stop_div=False)
+    assert learn.steps.n == 13
+
+@pytest.mark.parametrize('bn_bs', ['window', 6])
+def test_ignored_targets_weigh_nothing(bn_bs):
+    xs,ys = tilted(24),labels(24)
+    ys[[1,2,3,13,14]] = -100
+    learn = get_learner(get_dls(xs, ys, 2), conv_net(), AccumulateGradBN(6, bn_bs=bn_bs))
+    do_fit(learn, 2)
+    w = windows_of(xs, ys, 12, 1) if bn_bs=='window' else windows_of(xs, ys, 6, 2)
+    assert_same(learn.model, reference_fit(conv_net(), w, lambda p,y: (F.cross_entropy(p, y, reduction='sum'), (y!=-100).sum()), n_epoch=2))
+
+
+# --- Re-batching
+
+@pytest.mark.parametrize('drop_last', [False, True])
+@pytest.mark.parametrize('last', ['step','drop'])
+@pytest.mark.parametrize('bs,n_step,bn_bs', [(2,4,'window'), (2,4,4), (4,2,1), (3,2,2), (1,6,3), (5,1,'window'), (2,6,3)])
+def test_every_sample_once_in_order_and_as_many_batches_as_promised(bs, n_step, bn_bs, last, drop_last):
+    for n in range(bs*n_step, 4*bs*n_step+1):
+        dl = DataLoader(list(zip(range(n), range(0, 10*n, 10))), bs=bs, drop_last=drop_last)
+        batches = _BNBatches(dl, n_step, float('inf') if bn_bs=='window' else bn_bs, last)
+        got,ends = zip(*[(b,batches.ends) for b in batches])
+        assert len(got) == len(batches)
+        x = torch.cat([b[0] for b in got]).tolist()
+        expect = n - n%bs if drop_last else n
+        if last=='drop': expect -= expect%(bs*n_step)
+        assert x == list(range(expect)) and torch.cat([b[1] for b in got]).tolist() == [10*i for i in x]
+        size = bs*n_step if bn_bs=='window' else bn_bs
+        at = torch.tensor([len(b[0]) for b in got]).cumsum(0).tolist()
+        for b,e,p in zip(got, ends, at):
+            assert e == (p % (bs*n_step) == 0 or p == len(x))
+            assert len(b[0]) == size or e
+        assert len(set(at)) == len(at)
+
+Pair = namedtuple('Pair', 'a b')
+
+def test_joining_keeps_structure_and_types():
+    mk = lambda i: (TensorImage(torch.full((2,3,4,4), float(i)), extra='meta'), {'ids':[f'a{i}', f'b{i}'], 'm':torch.tensor([i,i])}, Pair(torch.ones(2)*i, None), TensorCategory(torch.tensor([i,i])))
+    a = _joined([mk(0), mk(1)])
+    assert type(a) is tuple and type(a[0]) is TensorImage and a[0].extra == 'meta' and a[0].shape == (4,3,4,4)
+    assert a[1]['ids'] == ['a0','b0','a1','b1'] and a[1]['m'].tolist() == [0,0,1,1]
+    assert type(a[2]) is Pair and a[2].a.tolist() == [0,0,1,1] and a[2].b is None and type(a[3]) is TensorCategory
+    b = mk(0)
+    assert _joined([b]) is b  # no copy
+
+@pytest.mark.parametrize('bn_bs', [float('inf'), 4])
+def test_inputs_are_there_once(bn_bs):
+    "When a BN batch has been joined, what it was joined from is gone"
+    alive = []
+    def make(i):
+        b = torch.full((2,3), float(i)),torch.zeros(2)
+        alive.extend(weakref.ref(t) for t in b)
+        return b
+    class DL:
+        bs = 2
+        def __len__(self): return 8
+        def __iter__(self): return map(make, range(8))
+    for x,y in _BNBatches(DL(), 4, bn_bs, 'step'):
+        assert not [r for r in alive if r() is not None]
+
+class TwoInputs(nn.Module):
+    def __init__(self): super().__init__(); torch.manual_seed(0); self.net,self.lin = conv_net(nc=4).float(),nn.Linear(3,4)
+    def forward(self, x, d): return self.net(x), self.lin(d['v'])
+
+@pytest.mark.parametrize('bn_bs', ['window', 8])
+def test_several_inputs_and_targets(bn_bs):
+    xs,ys = tilted(32).float(),labels(32, 4)
+    class Items:
+        def __len__(self): return 32
+        def __getitem__(self, i): return xs[i], {'v':xs[i].mean((1,2))}, ys[i], ys[31-i]
+    def loss(pred, a, b): return F.cross_entropy(pred[0], a) + F.cross_entropy(pred[1], b)
+    def fit(bs, *cbs):
+        dls = DataLoaders(DataLoader(Items(), bs=bs), DataLoader(Items(), bs=5), device='cpu')
+        dls.n_inp = 2
+        learn = get_learner(dls, TwoInputs(), cbs, loss_func=loss, opt_func=Adam)
+        do_fit(learn, 2)
+        return learn
+    big = fit(16) if bn_bs=='window' else fit(8, AccumulateGradBN(2))
+    ours = fit(2, AccumulateGradBN(8, bn_bs=bn_bs))
+    for (k,a),b in zip(big.model.state_dict().items(), ours.model.state_dict().values()): assert torch.equal(a, b), k
+
+def test_worker_processes():
+    xs,ys = tilted(20).float(),labels(20)
+    def fit(bs, *cbs):
+        set_seed(3)
+        mk = lambda **k: TfmdDL(Datasets(range(20), [[At(xs)],[At(ys)]]), bs=bs, num_workers=2, **k)
+        return one_cycle(learner(DataLoaders(mk(shuffle=True), get_dls(xs, ys, 4).valid, device='cpu'), cbs=cbs), 2)
+    assert_same_fit(fit(8), fit(2, AccumulateGradBN(4, bn_bs='window')))
+
+class Half(DistributedDL):
+    "One of two processes' share, without a process group"
+    def _broadcast(self, t, rank): return list(t)
+
+def test_re_batching_comes_after_the_distributed_trainers_dataloader():
+    class Distribute(Callback):
+        order = DistributedTrainer.order
+        def before_train(self): assert isinstance(self.dl, TfmdDL); self.learn.dl = Half(self.dl, rank=1, world_size=2)
+    class See(Callback):
+        order,sizes = 30,[]
+        def before_train(self): self.n = len(self.dl)
+        def before_batch(self):
+            if self.training: self.sizes.append(len(self.y))
+    xs,ys = tilted(64),labels(64)
+    learn = get_learner(get_dls(xs, ys, 2), conv_net(), [AccumulateGradBN(8, bn_bs='window'), Distribute(), See()])
+    do_fit(learn)
+    assert learn.see.sizes == [16,16] and learn.see.n == 2 == learn.n_iter or learn.see.n == 2
+    assert_same(learn.model, reference_fit(conv_net(), windows_of(xs[32:], ys[32:], 16, 1), mean_ce))
+
+def test_the_progress_bar_counts_windows():
+    learn = learner(shuffled(70, 2), cbs=AccumulateGradBN(8, bn_bs='window'))
+    totals = []
+    class Bar(Callback):
+        order = 60  # as ProgressCallback
+        def before_train(self): totals.append(len(self.dl))
+        def after_train(self): totals.append((self.iter+1, self.learn.n_iter))
+    learn.add_cb(Bar())
+    do_fit(learn)
+    assert totals == [5, (5,5)]
+
+def test_validation_and_prediction_are_untouched():
+    sizes = []
+    class See(Callback):
+        def before_batch(self):
+            if not self.training: sizes.append(len(self.y))
+    learn = learner(shuffled(64, 2), cbs=[AccumulateGradBN(8, bn_bs='window'), See()])
+    do_fit(learn)
+    assert sizes == [5]*2
+    learn.get_preds()
+    assert sizes == [5]*4
+    learn.validate(); do_fit(learn)
+    assert_pristine(learn)
+
+def test_validation_in_mid_epoch():
+    class MidValid(Callback):
+        order = 70
+        def after_batch(self):
+            if self.training and self.iter == 1: self.learn.validate(); self.model.train(); self.learn.training = True
+    xs,ys = tilted(48),labels(48)
+    learn = get_learner(get_dls(xs, ys, 2), conv_net(), [AccumulateGradBN(8, bn_bs=4), MidValid()])
+    orders = []
+    class See(Callback):
+        def after_loss(self): orders.append(self.learn.accumulate_grad_bn.order)
+    learn.add_cb(See())
+    do_fit(learn)
+    assert set(orders) == {AccumulateGradBN.order}
+    assert_same(learn.model, reference_fit(conv_net(), windows_of(xs, ys, 4, 4), mean_ce))
+
+
+# --- Nothing is left behind
+
+@pytest.mark.parametrize('event', ['after_pred', 'after_loss', 'after_backward', 'before_step'])
+def test_a_cancelled_batch_leaves_nothing(event):
+    xs,ys = tilted(64),labels(64)
+    learn = get_learner(get_dls(xs, ys, 4), conv_net(), [AccumulateGradBN(4, bn_bs='window'), RaiseAt(event, 1, CancelBatchException(), 20)])
+    do_fit(learn)
+    w = windows_of(xs, ys, 16, 1)
+    del w[1]
+    assert_same(learn.model, reference_fit(conv_net(), w, mean_ce))
+
+@pytest.mark.parametrize('where', ['before_train','before_batch','after_pred','after_loss','after_backward','before_step','after_batch'])
+def test_exceptions_restore(where):
+    xs,ys = tilted(64),labels(64)
+    cb = AccumulateGradBN(4, bn_bs='window')
+    class Raise(Callback):
+        order = 20
+        def _raise(self):
+            if self.training and (where=='before_train' or self.iter==1): raise Boom('x')
+    r = Raise(); setattr(r, where, r._raise)
+    learn = get_learner(get_dls(xs, ys, 4), conv_net(), [cb, r])
+    with pytest.raises(Boom): do_fit(learn)
+    if where != 'before_train': assert_pristine(learn)
+    learn.remove_cb(r)
+    before = copy.deepcopy(learn.model)
+    learn.create_opt(); do_fit(learn)
+    assert_same(learn.model, reference_fit(before, windows_of(xs, ys, 16, 1), mean_ce))
+    assert_pristine(learn)
+
+
+# --- Bad input
+
+@pytest.mark.parametrize('bn_bs', [0, -1, 2., 'all', True, [4]])
+def test_bad_bn_bs(bn_bs):
+    with pytest.raises(ValueError, match='bn_bs='): AccumulateGradBN(4, bn_bs=bn_bs)
+
+@pytest.mark.parametrize('bn_bs', [3, 5, 16])
+def test_not_a_divisor(bn_bs):
+    learn = get_learner(get_dls(tilted(16), labels(16), 2), conv_net(), AccumulateGradBN(4, bn_bs=bn_bs))
+    with pytest.raises(ValueError, match=f"bn_bs={bn_bs}, n_step=4, and the DataLoader's bs=2: .*=8"): do_fit(learn)
+    assert_pristine(learn)
+
+def test_items_of_several_sizes():
+    class Items:
+        def __len__(self): return 8
+        def __getitem__(self, i): return torch.zeros(3,6+i,6), 0
+    dls = DataLoaders(DataLoader(Items(), bs=1), DataLoader(Items(), bs=1), device='cpu')
+    learn = get_learner(dls, conv_net().float(), AccumulateGradBN(4, bn_bs='window'))
+    with pytest.raises(ValueError, match=r'cannot be joined.*the batch\[0\] is of \[1, 3, 6, 6\], \[1, 3, 7, 6\].*Resize.*bn_bs=None'): do_fit(learn)
+    assert_pristine(learn)
+    learn = get_learner(dls, conv_net().float(), AccumulateGradBN(4))
+    do_fit(learn)  # and None it takes
+
+def test_one_sample_at_the_end_names_the_layer():
+    learn = get_learner(get_dls(tilted(17).float(), labels(17), 1), head_net(), AccumulateGradBN(16, bn_bs='window'))
+    with pytest.raises(ValueError, match=r"layer '9' \(BatchNorm1d"): do_fit(learn)
+    assert_pristine(learn)
