@@ -94,7 +94,7 @@ class _Micro:
     skipped: bool = False         # It is part of the window, and the rest of the batch was skipped for that
     paging: ExitStack = field(default_factory=ExitStack)  # The `ActivationPager`'s block
 
-# %% ../nbs/01_accumulate.ipynb #13cd3bb9
+# %% ../nbs/01_accumulate.ipynb #484589f8
 def _joined(bs:list, name:str='the batch'):
     "One batch of the samples of all `bs`"
     b = bs[0]
@@ -125,20 +125,33 @@ def _first(parts:list, n:float):
         if not n: return _joined(parts[:i+1]),parts[i+1:]
     return _joined(parts),[]
 
+# %% ../nbs/01_accumulate.ipynb #bb52f959
 def _bs(dl) -> int|None:
     "Samples per batch of fastai's or PyTorch's DataLoader"
     return getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
 
-# %% ../nbs/01_accumulate.ipynb #2ee61e16
+def _n_items(dl) -> float:
+    "Samples in an epoch of fastai's or PyTorch's DataLoader; infinity where it does not know"
+    if hasattr(dl, 'world_size'): n = math.ceil(_n_items(dl.dl)/dl.world_size) if _n_items(dl.dl) < math.inf else math.inf  # DistributedDL
+    elif isinstance(dl, torch.utils.data.DataLoader): n = len(dl.sampler) if hasattr(dl.sampler, '__len__') else math.inf
+    else: n = getattr(dl, 'partial_n', None) or getattr(dl, 'n', None) or math.inf
+    return n - n%_bs(dl) if n < math.inf and _bs(dl) and getattr(dl, 'drop_last', False) else n
+
+# %% ../nbs/01_accumulate.ipynb #b3697376
 class _BNBatches(GetAttr):
     "The batches of `dl`, in windows of `n_step`, joined and cut to `bn_bs` samples"
     _default = 'dl'
     def __init__(self, dl, n_step:int, bn_bs:float, last:str): self.dl,self.n_step,self.bn_bs,self.last,self.ends = dl,n_step,bn_bs,last,False
 
     @property
+    def bs(self) -> int|None:
+        "Samples per BN batch"
+        return self.bn_bs if self.bn_bs < math.inf else _bs(self.dl) and self.n_step*_bs(self.dl)
+
+    @property
     def _short(self) -> int:
         "Samples that the last micro-batch lacks"
-        return max(0, len(self.dl)*(_bs(self.dl) or 0) - (getattr(self.dl, 'n', None) or math.inf))
+        return max(0, len(self.dl)*(_bs(self.dl) or 0) - _n_items(self.dl))
 
     @property
     def n_micro(self) -> int:
@@ -147,9 +160,8 @@ class _BNBatches(GetAttr):
         return n if self.last=='step' else n - (n%self.n_step or (self.n_step if self._short else 0))
 
     def __len__(self) -> int:
-        n = self.n_micro
+        n,bs = self.n_micro,_bs(self.dl)
         if self.bn_bs == math.inf: return math.ceil(n/self.n_step)
-        bs = _bs(self.dl)
         full,rest = divmod(n*bs - (self._short if self.last=='step' else 0), self.n_step*bs)
         return full*self.n_step*bs//self.bn_bs + math.ceil(rest/self.bn_bs)
 
@@ -197,7 +209,7 @@ def _check(self:AccumulateGradBN, dl):
     if isinstance(self.model, nn.DataParallel):
         raise ValueError("AccumulateGradBN cannot follow the copies that DataParallel makes of the model: use learn.distrib_ctx() instead")
 
-# %% ../nbs/01_accumulate.ipynb #422adc5d
+# %% ../nbs/01_accumulate.ipynb #761f8f1f
 @patch
 def _n_windows(self:AccumulateGradBN, dl) -> int:
     "Optimizer steps in an epoch of `dl`"
@@ -215,6 +227,11 @@ def _per_step(self:AccumulateGradBN) -> int:
     "BN batches in a whole window"
     if self.bn_bs is None: return self.n_step
     return 1 if self.bn_bs=='window' else self.n_step*_bs(self.dls.train)//self.bn_bs
+
+@patch(as_prop=True)
+def _per_bn_batch(self:AccumulateGradBN) -> int|None:
+    "Samples in a whole BN batch"
+    return self._rebatched(self.dls.train).bs if self.bn_bs is not None else _bs(self.dls.train)
 
 @patch
 def _close(self:AccumulateGradBN):
@@ -253,7 +270,7 @@ def _patched(obj, name:str, value):
         if before is missing: obj.__dict__.pop(name, None)
         else: obj.__dict__[name] = before
 
-# %% ../nbs/01_accumulate.ipynb #98427e40
+# %% ../nbs/01_accumulate.ipynb #3cd34581
 _cancel = (CancelBackwardException, CancelStepException, CancelBatchException, CancelTrainException, CancelValidException,
            CancelEpochException, CancelFitException)
 
@@ -261,7 +278,7 @@ _cancel = (CancelBackwardException, CancelStepException, CancelBatchException, C
 def before_epoch(self:AccumulateGradBN):
     "Take the training loop over"
     self.learn.all_batches = partial(_all_batches, self, self.learn)
-    if self._window is None: self.order = 12
+    if '_do_one_batch' not in vars(self.learn): self.order = 12  # not for a `learn.validate` in mid-epoch
 
 @patch
 def after_epoch(self:AccumulateGradBN):
@@ -272,6 +289,7 @@ def after_epoch(self:AccumulateGradBN):
 def _all_batches(cb:AccumulateGradBN, learn:Learner):
     "`Learner.all_batches`, from which an exception drops the window that is open"
     do = type(learn).all_batches
+    cb.__dict__.pop('order', None)
     if cb.learn is not learn: learn.__dict__.pop('all_batches', None)  # The callback is gone
     if cb.learn is not learn or cb._window is None or not learn.training: return do(learn)
     try:

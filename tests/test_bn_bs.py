@@ -16,6 +16,7 @@ except ImportError:  # fastai.distributed wants the name
     with pytest.MonkeyPatch.context() as mp:
         mp.setitem(sys.modules, 'accelerate', types.SimpleNamespace(Accelerator=Accelerator))
         import fastai.distributed
+from fastai.callback.data import PartialDL
 from fastai.distributed import DistributedDL, DistributedTrainer
 
 from fastai_bn.accumulate import *
@@ -23,6 +24,10 @@ from fastai_bn.accumulate import _BNBatches, _joined
 from conftest import (At, Float32Loss, assert_differ, assert_pristine, assert_same, conv_net, do_fit, get_dls, get_learner, labels, reference_fit,
                       snapshot, tilted, windows_of)
 from test_accumulate import Boom, CPUScaler, Norms, RaiseAt, mean_ce
+
+class Half(DistributedDL):
+    "One of two processes' share, without a process group"
+    def _broadcast(self, t, rank): return list(t)
 
 WINDOWS = pytest.mark.parametrize('bs,n_step', [(2,8), (1,16), (4,4)])
 
@@ -244,6 +249,22 @@ def test_joining_keeps_structure_and_types():
     b = mk(0)
     assert _joined([b]) is b  # no copy
 
+@pytest.mark.parametrize('bn_bs', [float('inf'), 2, 8])
+@pytest.mark.parametrize('last', ['step','drop'])
+@pytest.mark.parametrize('drop_last', [False, True])
+@pytest.mark.parametrize('kind', ['torch','partial','distributed'])
+def test_other_dataloaders_keep_the_promise_too(kind, drop_last, last, bn_bs):
+    xs = torch.arange(26)
+    if kind == 'torch': dl = torch.utils.data.DataLoader(xs[:13], batch_size=4, drop_last=drop_last)
+    elif kind == 'partial': dl = PartialDL(xs, bs=4, partial_n=13, drop_last=drop_last)
+    else: dl = Half(DataLoader(xs, bs=4, drop_last=drop_last), rank=1, world_size=2)
+    b = _BNBatches(dl, 2, bn_bs, last)
+    sizes = [len(o) for o in b]
+    n = 12 if drop_last else 13
+    if last == 'drop': n -= n%8
+    assert sum(sizes) == n and len(b) == len(sizes)
+    assert b.bs == (8 if bn_bs == float('inf') else bn_bs)
+
 @pytest.mark.parametrize('bn_bs', [float('inf'), 4])
 def test_inputs_are_there_once(bn_bs):
     "When a BN batch has been joined, what it was joined from is gone"
@@ -287,10 +308,6 @@ def test_worker_processes():
         mk = lambda **k: TfmdDL(Datasets(range(20), [[At(xs)],[At(ys)]]), bs=bs, num_workers=2, **k)
         return one_cycle(learner(DataLoaders(mk(shuffle=True), get_dls(xs, ys, 4).valid, device='cpu'), cbs=cbs), 2)
     assert_same_fit(fit(8), fit(2, AccumulateGradBN(4, bn_bs='window')))
-
-class Half(DistributedDL):
-    "One of two processes' share, without a process group"
-    def _broadcast(self, t, rank): return list(t)
 
 def test_re_batching_comes_after_the_distributed_trainers_dataloader():
     class Distribute(Callback):
@@ -374,6 +391,25 @@ def test_exceptions_restore(where):
     before = copy.deepcopy(learn.model)
     learn.create_opt(); do_fit(learn)
     assert_same(learn.model, reference_fit(before, windows_of(xs, ys, 16, 1), mean_ce))
+    assert_pristine(learn)
+
+
+def test_an_exception_before_the_first_batch_leaves_the_order_of_events_right():
+    class Boom2(Callback):
+        order = 30
+        def before_train(self): raise Boom('x')
+    orders = []
+    class See(Callback):
+        order = 11
+        def before_train(self): orders.append((type(self.dl), 'order' in vars(self.learn.accumulate_grad_bn)))
+        def after_loss(self): orders.append(self.learn.accumulate_grad_bn.order)
+    xs,ys = tilted(32),labels(32)
+    learn = get_learner(get_dls(xs, ys, 2), conv_net(), [AccumulateGradBN(8, bn_bs='window'), See(), boom := Boom2()])
+    with pytest.raises(Boom): do_fit(learn)
+    learn.remove_cb(boom)
+    orders.clear()
+    do_fit(learn)
+    assert orders[0] == (TfmdDL, True) and set(orders[1:]) == {AccumulateGradBN.order}
     assert_pristine(learn)
 
 

@@ -457,6 +457,12 @@ def test_sparse_tensor_made_of_a_dense_one():
         w.sum(); big().sum()
         out = s.to_dense()
     assert torch.equal(out, ref)
+    s = torch.sparse_coo_tensor(i, w, (256,256))  # from outside
+    with ActivationPager(1):
+        w.sum(); big().sum(); big().sum()
+        assert w.untyped_storage().nbytes() == 0
+        out = s.to_dense()
+    assert torch.equal(out, ref)
 
 def test_sparse_gradients():
     def run(pager):
@@ -489,6 +495,21 @@ def test_higher_order_operators():
     def f(x): return torch.cond(x.sum() > 1e9, lambda x: x.sin(), lambda x: x.cos(), (x,))
     ref = f(x)
     with ActivationPager(1): y = big(); y.sum(); out = f(x)
+    assert torch.equal(out, ref)
+
+def test_a_higher_order_operator_may_read_what_its_function_holds():
+    class Call(torch._ops.HigherOrderOperator):
+        def __init__(self): super().__init__('paging_test_call')
+        def __call__(self, f, x): return super().__call__(f, x)
+    call = Call()
+    call.py_impl(torch._C.DispatchKey.CompositeExplicitAutograd)(lambda f,x: f(x))
+    call.fallthrough(torch._C.DispatchKey.AutogradCPU)
+    x,held = big(),big()
+    ref = x*held
+    with ActivationPager(1):
+        held.sum(); big().sum(); big().sum()
+        assert held.untyped_storage().nbytes() == 0
+        out = call(lambda x: x*held, x)
     assert torch.equal(out, ref)
 
 def test_custom_operators():

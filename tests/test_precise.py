@@ -1,9 +1,11 @@
-import random
+import copy, random
 
 import numpy as np, pytest, torch
 import torch.multiprocessing as mp
 from torch import nn
-from fastai.basics import Callback, DataLoader, DataLoaders, Datasets, L, Learner, TfmdDL, accuracy
+from fastai.basics import Callback, CancelValidException, DataLoader, DataLoaders, Datasets, L, Learner, TfmdDL, accuracy, set_seed
+from fastai.callback.core import FetchPredsCallback
+from fastai.callback.training import ShortEpochCallback
 from fastai.callback.tracker import SaveModelCallback
 
 from fastai_bn.accumulate import AccumulateGradBN
@@ -463,8 +465,8 @@ def test_report_changes_nothing(capsys):
 
 def precise_fit(cb, n_epoch=3, cbs=(), lr=.1, **kw):
     xs,ys = tilted(24),labels(24)
+    random.seed(0); torch.manual_seed(0) # each DataLoader draws its own generator's seed when it is made
     learn = get_learner(get_dls(xs, ys, 2, shuffle=True, valid=(tilted(10, seed=5),labels(10, seed=5))), conv_net(), [*L(cb), *L(cbs)], metrics=accuracy, **kw)
-    random.seed(0); torch.manual_seed(0)
     do_fit(learn, n_epoch, lr)
     return learn
 
@@ -476,9 +478,15 @@ class Stats(Callback):
         if not hasattr(self, 'epoch') or len(self.recorder.values) == len(self.stats): return
         self.stats.append(bn_state(self.model)); self.valid.append(list(self.recorder.values[-1]))
 
+def test_the_callback_does_not_hide_the_method():
+    learn = precise_fit(PreciseBN(), 1)
+    assert callable(learn.precise_bn_cb) and len(learn.precise_bn()) == len(bn_layers(learn.model))
+    learn.remove_cb(PreciseBN)
+    assert not hasattr(learn, 'precise_bn_cb') and len(learn.precise_bn()) > 0
+
 def test_training_is_not_changed():
-    random.seed(0); a = precise_fit([])
-    random.seed(0); b = precise_fit(PreciseBN())
+    a = precise_fit([])
+    b = precise_fit(PreciseBN())
     for (k,p),q in zip(a.model.named_parameters(), b.model.parameters()): assert torch.equal(p, q), k
     assert [o.item() for o in a.recorder.losses] == [o.item() for o in b.recorder.losses]
     assert not torch.equal(a.model[1].running_var, b.model[1].running_var)
@@ -553,6 +561,123 @@ def test_with_accumulation():
     precise_bn(learn.model, xs.split(2), progress=False)
     torch.testing.assert_close(rm, learn.model[1].running_var, rtol=1e-9, atol=0)
 
+def pooled_head():
+    return nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4,5)).double()
+
+@pytest.mark.parametrize('bn_bs,size', [('window',8), (4,4)])
+def test_the_bn_batch_is_that_of_the_training(bn_bs, size):
+    "At bs=1 behind pooling there is no other"
+    xs,ys = tilted(24),labels(24)
+    learn = get_learner(get_dls(xs, ys, 1), pooled_head(), [AccumulateGradBN(8, bn_bs=bn_bs), PreciseBN()])
+    measured = [] # the BN batches of the last pass, in the order of its own shuffling
+    def keep(m, args):
+        if m[1].training and not torch.is_grad_enabled(): measured.append(args[0])
+    hook = learn.model.register_forward_pre_hook(keep)
+    do_fit(learn)
+    hook.remove()
+    measured = measured[-24//size:]
+    assert [len(x) for x in measured] == [size]*(24//size)
+    ref = copy.deepcopy(learn.model); precise_bn(ref, measured, progress=False)
+    torch.testing.assert_close(bn_state(learn.model), bn_state(ref), rtol=1e-9, atol=1e-12)
+    learn.bn_report(plot=False)
+    with pytest.raises(ValueError, match='precise_bn'): learn.precise_bn(bn_bs=1)
+
+class Interrupt(Callback):
+    order = 60
+    def __init__(self, event): setattr(self, event, self.now)
+    def now(self):
+        if not self.training and self.learn.n_epoch == 1 or hasattr(self, 'after_train'): raise KeyboardInterrupt
+
+@pytest.mark.parametrize('event', ['after_train','before_validate','after_loss','after_validate'])
+@pytest.mark.parametrize('keep', [None, 'valid_loss'])
+def test_an_interrupted_validation_leaves_nothing_behind(event, keep):
+    xs,ys = tilted(24),labels(24)
+    cb = Interrupt(event)
+    learn = get_learner(get_dls(xs, ys, 2), conv_net(), [PreciseBN(keep_if_better=keep), cb])
+    with pytest.raises(KeyboardInterrupt): do_fit(learn)
+    learn.remove_cb(cb)
+    before = bn_state(learn.model)
+    with learn.no_logging(): learn.validate(); learn.get_preds()
+    torch.testing.assert_close(bn_state(learn.model), before, rtol=0, atol=0)
+    assert '_do_epoch_validate' not in vars(learn)
+
+@pytest.mark.parametrize('keep', [None, 'valid_loss'])
+def test_others_may_validate_and_predict_meanwhile(keep):
+    a = precise_fit(PreciseBN(keep_if_better=keep), 2)
+    b = precise_fit(PreciseBN(keep_if_better=keep), 2, FetchPredsCallback())
+    assert len(a.recorder.values) == 2 and all(len(v) == 3 for v in a.recorder.values)
+    assert list(a.recorder.values[-1]) == pytest.approx(list(b.recorder.values[-1]), rel=.01) # predicting draws from `random`: another order in the precise pass
+
+@pytest.mark.parametrize('name', ['_rmse', 'mse'])
+def test_scores_of_which_lower_is_better(name):
+    import fastai_bn.precise as P
+    assert P._better(name, 1., 2.) and not P._better(name, 2., 1.) and not P._better(name, float('nan'), 1.) and P._better(name, 1., float('nan'))
+    assert P._better('accuracy', 2., 1.)
+
+@pytest.mark.parametrize('keep', [None, 'valid_loss'])
+def test_epochs_without_a_score(keep):
+    class NoValid(Callback):
+        def before_validate(self): raise CancelValidException
+    learn = precise_fit(PreciseBN(keep_if_better=keep), 2, NoValid())
+    assert learn.model[1].running_mean.abs().max() > 0
+    precise_fit(PreciseBN(keep_if_better=keep), 2, ShortEpochCallback(pct=.3, short_valid=True))
+
+@pytest.mark.parametrize('keep', ['time', 'train_loss'])
+def test_no_score_to_compare(keep):
+    with pytest.raises(ValueError, match='use one of valid_loss, accuracy$'): precise_fit(PreciseBN(keep_if_better=keep))
+
+def test_weights_that_are_not_finite_do_not_end_the_fit():
+    class Diverge(Callback):
+        def after_train(self): self.model[0].weight.data.fill_(float('nan'))
+    with pytest.warns(UserWarning, match='PreciseBN, epoch 0.*not finite'): learn = precise_fit(PreciseBN(keep_if_better='valid_loss'), 2, Diverge())
+    assert len(learn.recorder.values) == 2
+
+def test_without_a_recorder():
+    learn = get_learner(get_dls(tilted(24), labels(24), 2), conv_net(), PreciseBN())
+    learn.remove_cbs([learn.progress] if hasattr(learn, 'progress') else [])
+    learn.remove_cb(learn.recorder)
+    learn.fit(1, .1)
+    assert learn.model[1].running_mean.abs().max() > 0
+
+def test_report_of_statistics_that_are_nan(capsys):
+    learn = get_learner(get_dls(tilted(24), labels(24), 8), conv_net())
+    learn.precise_bn()
+    learn.model[4].running_var.fill_(float('nan'))
+    assert "'4'" in learn.bn_report(plot=False).attrs['advice'][0]
+    import matplotlib.pyplot as plt
+    learn.bn_report(); plt.close('all')
+
+def test_weighted_dataloaders_keep_their_weights():
+    from fastai.callback.data import WeightedDL
+    xs,ys = tilted(32),labels(32)
+    seen = set()
+    class See(nn.Module):
+        def forward(self, x): seen.update(i for i in range(32) if any(torch.equal(xs[i], o) for o in x)); return x
+    dl = WeightedDL(Datasets(range(32), [[At(xs)],[At(ys)]]), bs=4, shuffle=True, num_workers=0, wgts=[1.]*4+[0.]*28)
+    learn = get_learner(DataLoaders(dl, dl, device='cpu'), nn.Sequential(See(), *conv_net()))
+    learn.precise_bn()
+    assert seen == {0,1,2,3}
+
+def test_a_samplers_own_generator_goes_on_as_if_nothing_was():
+    g = torch.Generator().manual_seed(3)
+    data = list(zip(tilted(20),labels(20)))
+    dl = torch.utils.data.DataLoader(data, batch_size=4, sampler=torch.utils.data.RandomSampler(data, generator=g))
+    state = g.get_state()
+    precise_bn(conv_net(), dl, progress=False)
+    assert torch.equal(g.get_state(), state)
+
+def test_dict_batches_of_a_compiled_model():
+    m,x = Named(),tilted(8)
+    precise_bn(torch.compile(m, backend='eager'), [dict(image=x, label=labels(8))], progress=False)
+    np.testing.assert_allclose(m.bn.running_var, reference([x])[1], rtol=1e-12)
+
+def test_only_a_last_single_sample_joins():
+    sizes = []
+    m = nn.Sequential(nn.BatchNorm2d(3), nn.Identity()).double()
+    m[0].register_forward_pre_hook(lambda m,a: sizes.append(len(a[0])))
+    precise_bn(m, tilted(8).split([2,1,1,3,1]), progress=False)
+    assert sizes == [2,1,1,4]
+
 @pytest.mark.parametrize('kw', [dict(n=0), dict(every=0), dict(every=1.5), dict(n=True)])
 def test_bad_arguments_of_the_callback(kw):
     with pytest.raises(ValueError, match=next(iter(kw))+'='): PreciseBN(**kw)
@@ -570,6 +695,28 @@ def _rank(rank, world, path, q):
     t = precise_bn(m, (x[:8].split(4) if rank==0 else x[8:].split(2)), progress=False)
     q.put((rank, m[0].running_mean.tolist(), m[0].running_var.tolist(), t.samples[0].item(), t['values'][0].item()))
     torch.distributed.destroy_process_group()
+
+def _learner_rank(rank, world, path, q):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{path}', rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    set_seed(0)  # as one does: then all would draw the same order
+    learn = get_learner(get_dls(tilted(21), labels(21), 4, shuffle=True), first_bn())
+    t = learn.precise_bn()
+    q.put((rank, learn.model[0].running_mean.tolist(), learn.model[0].running_var.tolist(), t.samples[0].item(), learn.precise_bn(n=8).samples[0].item()))
+    torch.distributed.destroy_process_group()
+
+def test_processes_share_a_learners_data(tmp_path):
+    ctx = mp.get_context('spawn')
+    q = ctx.Queue()
+    ps = [ctx.Process(target=_learner_rank, args=(r, 2, tmp_path/'pg', q), daemon=True) for r in range(2)]
+    [p.start() for p in ps]
+    res = [q.get(timeout=120) for _ in ps]
+    [p.join(60) for p in ps]
+    mean,var = reference([tilted(21)])
+    for _,m,v,samples,few in res:
+        np.testing.assert_allclose(m, mean, rtol=1e-9)
+        np.testing.assert_allclose(v, var, rtol=1e-9)
+        assert samples == 21 and few == 8
 
 def test_two_processes_with_uneven_data(tmp_path):
     ctx = mp.get_context('spawn')
