@@ -1,6 +1,6 @@
 """The README's measurements on HEp-2 cells: `python tools/hep2.py ways FOLDER --seed 0`, or `precise`. Writes a JSON line per result.
 
-`FOLDER` holds train/ and valid/ with a folder per class (ICPR 2014: 8,705 + 2,175 images, 78 px, shown at 64). One thread: an hour each.
+`FOLDER` holds train/ and valid/ with a folder per class (ICPR 2014: 8,705 + 2,175 images, 78 px, shown at 64). One thread: 40 minutes and an hour.
 
 ways: three epochs of one recipe with the BN batch made in six ways; two that are the same training end with the same hash of all weights.
 precise: validation by epoch with the moving averages and with precise statistics; a shift of brightness and contrast, before and after AdaBN."""
