@@ -12,8 +12,11 @@ from .moments import *
 from .accumulate import *
 from .paging import *
 from .precise import *
+from .groupnorm import *
+from .unet import *
+from .normalize import *
 from .hpa import *
 
 # %% ../nbs/all.ipynb #1ff08de6
-from . import accumulate, hpa, moments, paging, precise
-__all__ = [o for m in (moments, accumulate, paging, precise, hpa) for o in m.__all__]
+from . import accumulate, groupnorm, hpa, moments, normalize, paging, precise, unet
+__all__ = [o for m in (moments, accumulate, paging, precise, groupnorm, unet, normalize, hpa) for o in m.__all__]

@@ -1,0 +1,292 @@
+"Single-image normalization: against NumPy in float64, for any size and type, and in fastai's pipelines, forth and back"
+import copy, math, pickle, warnings
+
+import numpy as np, pytest, torch, torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch import Tensor, nn
+from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, MaskBlock, Normalize, PILImage, PILMask, TensorBBox, TensorCategory, TensorImage,
+                               TensorImageBW, TensorMask, TensorPoint, aug_transforms, imagenet_stats, load_learner, model_meta, resnet18, risinstance, unet_learner, vision_learner)
+from fastai_bn.all import HPADataLoaders, ImageNormalize, image_normalize, make_hpa
+from fastai_bn.hpa import TensorHPA
+from fastai_bn.normalize import _Normalized, _percentile
+
+STATS = ['std','minmax','percentile']
+TYPES = [torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+def reference(x, per='channel', stat='std', q=(1,99.8), ok=None, eps=1e-3, n=2):
+    "In NumPy, group by group: output, centre and scale"
+    x = np.asarray(x, dtype=np.float64)
+    groups = x.reshape(-1, math.prod(x.shape[x.ndim-n-(per == 'image'):]))
+    ok = np.isfinite(groups) & (True if ok is None else np.broadcast_to(ok, x.shape).reshape(groups.shape))
+    out = np.zeros_like(groups)
+    for o,g,m in zip(out, groups, ok):
+        fin = np.isfinite(g)
+        v = g[m] if m.any() else g[fin]
+        if not len(v) or v.min() == v.max(): continue
+        c,s = {'std':lambda: (v.mean(), v.std()), 'minmax':lambda: (v.min(), np.ptp(v)), 'percentile':lambda: (np.percentile(v, q[0]), np.percentile(v, q[1])-np.percentile(v, q[0]))}[stat]()
+        o[fin] = (g[fin]-c)/max(s, eps*np.ptp(v))
+    return out.reshape(x.shape)
+
+def images(shape=(3,4,9,11), seed=0):
+    "Every channel has a scale and an offset of its own"
+    g = torch.Generator().manual_seed(seed)
+    one = shape[:2]+(1,)*(len(shape)-2)
+    return torch.rand(shape, generator=g, dtype=torch.float64)*10**(4*torch.rand(one, generator=g, dtype=torch.float64)-2)+100*torch.rand(one, generator=g, dtype=torch.float64)
+
+
+# --- The function
+
+@pytest.mark.parametrize('stat', STATS)
+@pytest.mark.parametrize('per', ['channel','image'])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.uint8, torch.uint16, torch.int32])
+def test_against_numpy(per, stat, dtype):
+    x = images()
+    x = x.to(dtype) if dtype.is_floating_point else (x*2).clamp(0, 255).to(torch.int64).to(dtype)
+    out = image_normalize(x, per, stat)
+    assert out.dtype == (dtype if dtype.is_floating_point else torch.float32) and out.shape == x.shape
+    ref = reference(x.double() if dtype.is_floating_point else x.to(torch.int64), per, stat)
+    np.testing.assert_allclose(out.numpy(), ref, rtol=0, atol=1e-6*max(1, np.abs(ref).max()/4))
+
+@pytest.mark.parametrize('stat', STATS)
+def test_large_images_are_as_precise(stat):
+    "Enough values for the threshold before the percentiles, far from zero, many of them equal"
+    g = torch.Generator().manual_seed(0)
+    for x in (torch.rand(2,2,300,311, generator=g), torch.rand(2,2,300,311, generator=g)+1000, (torch.rand(2,2,300,311, generator=g)*300).clamp(0,255).byte(),
+              torch.rand(2,2,300,311, generator=g).pow(30), torch.rand(2,2,300,311, generator=g).sort(-1).values, -torch.rand(1,1,900,900, generator=g).double()*1e-30):
+        np.testing.assert_allclose(image_normalize(x, stat=stat).numpy(), reference(x, stat=stat), rtol=1e-6, atol=1e-6)
+
+def test_percentiles_are_numpys():
+    g = torch.Generator().manual_seed(0)
+    for n in (1,2,3,7,100,5000,20_000):
+        for y in (torch.rand(3,n, generator=g, dtype=torch.float64), torch.randint(0, 4, (3,n), generator=g).double()):
+            for q in (0,.01,1,25,49.9,50,75,99,99.99,100): np.testing.assert_allclose(_percentile(y, q), np.percentile(y, q, axis=1), rtol=1e-12, atol=1e-12)
+
+@pytest.mark.parametrize('shape,n,kw', [((2,3,5,6),2,{}), ((3,5,6),2,{}), ((3,40),1,{}), ((2,3,4,5,6),3,{}), ((2,3,40),1,dict(ndim=1)), ((3,4,5,6),3,dict(ndim=3)), ((2,3,5,6),2,dict(ndim=2))])
+@pytest.mark.parametrize('per', ['channel','image'])
+def test_dimensions(shape, n, kw, per):
+    x = torch.rand(shape, dtype=torch.float64)*torch.arange(1, shape[-n-1]+1).view(-1, *[1]*n)
+    out,c,s = image_normalize(x, per, return_stats=True, **kw)
+    np.testing.assert_allclose(out, reference(x, per, n=n), atol=1e-12)
+    assert c.shape == s.shape == shape[:len(shape)-n-1]+(shape[-n-1] if per == 'channel' else 1,)+(1,)*n
+    torch.testing.assert_close(out*s+c, x)
+
+@pytest.mark.parametrize('stat', STATS)
+def test_blank_and_constant_channels(stat):
+    x = images()
+    x[0,0],x[0,1],x[1,2] = 0,7.3,1e30
+    for dtype in (torch.float64, torch.float32, torch.float16):
+        y,c,s = image_normalize(x.clamp(max=6e4).to(dtype), stat=stat, return_stats=True)
+        assert not y[0,:2].any() and not y[1,2].any() and y.isfinite().all() and y[2].any()
+        assert torch.equal(c[0,1].double().flatten(), torch.tensor(7.3).to(dtype).double().flatten()) or abs(c[0,1].item()-7.3) < 1e-2
+
+@pytest.mark.parametrize('n', [10, 1000])
+def test_one_bright_pixel(n):
+    "eps bounds what a nearly empty channel is multiplied by, and only in relation to its range"
+    x = torch.zeros(1,1,n,n, dtype=torch.float64); x[...,n//2,n//2] = 5
+    for f in (1, 1e-20, 1e20):
+        for stat in STATS: np.testing.assert_allclose(image_normalize(x*f, stat=stat), reference(x, stat=stat), atol=1e-9)
+    if n == 1000: assert image_normalize(x, stat='percentile').max() == 1000
+    assert 3 < image_normalize(x).max() <= 1000
+
+def test_nan_and_inf_pixels():
+    x = images()
+    x[0,0,0,0],x[0,1,2,3],x[1,1,0,0],x[2,3] = math.nan,math.inf,-math.inf,math.nan
+    for stat in STATS:
+        for per in ('channel','image'):
+            with pytest.warns(UserWarning, match=f'{3+99} pixel') as rec: y = image_normalize(x, per, stat)
+            assert len(rec) == 1
+            np.testing.assert_allclose(y, reference(x, per, stat), atol=1e-12)
+            assert y[0,0,0,0] == 0 and not y[2,3].any()
+    with warnings.catch_warnings(): warnings.simplefilter('error'); image_normalize(images())
+
+def test_a_range_that_overflows():
+    x = torch.tensor([[[-3e38,3e38,0.,1e38]]])
+    np.testing.assert_allclose(image_normalize(x, ndim=2), reference(x), atol=1e-6)
+
+@pytest.mark.parametrize('stat', STATS)
+def test_masks(stat):
+    x = images()
+    x[:,:,:3] = 0
+    m = torch.rand(9,11) > .5
+    for mask,ok in ('nonzero', x.numpy() != 0),(lambda x: x > 50, x.numpy() > 50),(m, m.numpy()),(m[None,None].expand(3,1,9,11), m.numpy()),(m.float(), m.numpy()):
+        np.testing.assert_allclose(image_normalize(x, stat=stat, mask=mask), reference(x, stat=stat, ok=ok), atol=1e-11)
+    x[0] = 0  # an empty mask: the whole image, which is constant here
+    assert not image_normalize(x, stat=stat, mask='nonzero')[0].any()
+    np.testing.assert_allclose(image_normalize(x, stat=stat, mask=torch.zeros(9,11)), reference(x, stat=stat), atol=1e-11)
+
+def test_clip():
+    x = images()
+    assert torch.equal(image_normalize(x, stat='percentile', clip=(0,1)), image_normalize(x, stat='percentile').clamp(0, 1))
+    assert image_normalize(x, clip=(-1,1.5)).amax() == 1.5
+
+def test_input_stays_and_gradients_pass():
+    x = images((2,2,4,5)).requires_grad_()
+    before = x.detach().clone()
+    for stat in STATS: assert torch.autograd.gradcheck(lambda x: image_normalize(x, stat=stat), x)
+    assert torch.equal(x, before)
+
+def test_layouts_and_types_of_fastai():
+    x = images((2,3,8,9)).float()
+    y = image_normalize(x)
+    torch.testing.assert_close(image_normalize(x.to(memory_format=torch.channels_last)), y)
+    torch.testing.assert_close(image_normalize(x.transpose(2,3)).transpose(2,3), y, rtol=1e-5, atol=1e-5)
+    z = image_normalize(TensorImage(x))
+    assert type(z) is TensorImage and torch.equal(z.as_subclass(Tensor), y)
+    assert image_normalize(x[:0]).shape == (0,3,8,9)
+
+@pytest.mark.parametrize('kw', [dict(per='batch'), dict(stat='max'), dict(q=(99,1)), dict(q=(-1,50)), dict(q=5), dict(q=(1,101)), dict(clip=(1,0)), dict(clip=3), dict(eps=0), dict(eps=math.inf), dict(mask='zero'),
+                                dict(mask=3), dict(mask=torch.ones(3,3)), dict(ndim=4), dict(ndim=1)])
+def test_bad_arguments(kw):
+    with pytest.raises(ValueError, match=next(iter(kw)) if kw != dict(ndim=1) else 'shape'): image_normalize(images(), **kw)
+
+@pytest.mark.parametrize('x', [torch.rand(5), torch.rand(1,1,1,1,1,1), torch.rand(2,3,0,4), torch.rand(2,0,3,3), [1,2], np.ones((3,4,4)), torch.zeros(1,2,2, dtype=torch.complex64)])
+def test_no_images(x):
+    with pytest.raises(ValueError, match='x'): image_normalize(x)
+
+sizes = st.tuples(st.integers(1,2), st.integers(1,3), st.integers(1,12), st.integers(1,12))
+
+@settings(max_examples=120, deadline=None)
+@given(sizes, st.sampled_from(TYPES), st.sampled_from(STATS), st.sampled_from(['channel','image']), st.integers(0, 1000), st.booleans(), st.booleans())
+def test_any_size_and_type(shape, dtype, stat, per, seed, blank, nan):
+    g = torch.Generator().manual_seed(seed)
+    x = (torch.rand(shape, generator=g, dtype=torch.float64)*200*torch.rand(shape[:2]+(1,1), generator=g, dtype=torch.float64)).round(decimals=1)
+    if blank: x[0,0] = 3
+    x = x.to(torch.int64).to(dtype) if not dtype.is_floating_point and dtype != torch.bool else x.to(dtype)
+    if nan and dtype.is_floating_point: x[0,0,0,0] = math.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        y = image_normalize(x, per, stat)
+    ref = reference(x.to(torch.float64) if dtype != torch.uint16 else x.to(torch.int64), per, stat)
+    tol = {torch.float16:1e-3, torch.bfloat16:8e-3}.get(dtype, 2e-6)
+    assert y.dtype == (dtype if dtype.is_floating_point else torch.float32)
+    np.testing.assert_allclose(y.double(), ref, rtol=tol, atol=tol)
+
+@settings(max_examples=120, deadline=None)
+@given(sizes, st.sampled_from([torch.float32, torch.float64]), st.sampled_from(STATS), st.integers(0, 1000), st.integers(-20, 20), st.integers(-1000, 1000), st.booleans())
+def test_scale_and_shift_of_the_input_do_not_matter(shape, dtype, stat, seed, power, shift, blank):
+    "Where the input holds them exactly: integers of 12 bits, a power of two, a whole number"
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 4096, shape, generator=g).to(dtype)
+    if blank: x[0,0] = 17
+    y = image_normalize(x, stat=stat)
+    assert (image_normalize((x+shift)*2.**power, stat=stat)-y).abs().max() < 1e-5
+
+
+# --- The transform
+
+def test_decodes_each_sample():
+    x = TensorImage(images((5,3,6,7)).float())
+    for t in ImageNormalize(),ImageNormalize('image','percentile'),ImageNormalize(stat='minmax'),ImageNormalize(mask='nonzero'):
+        y = t(x)
+        assert (y-image_normalize(x, t.per, t.stat, mask=t.mask)).abs().max() == 0
+        tol = 1e-4*(x.amax()-x.amin())
+        for i in (slice(None), slice(1,4), [3,0], torch.tensor([2,2]), torch.tensor([True,False,True,False,False]), slice(None,None,2)): assert (t.decode(y[i])-x[i]).abs().max() < tol
+        assert (t.decode(torch.cat([y[3:],y[:3]]))-torch.cat([x[3:],x[:3]])).abs().max() < tol
+        assert (t.decode(y.to(torch.float64))-x).abs().max() < tol and (t.decode(y.detach().cpu())-x).abs().max() < tol
+        for o in (pickle.loads(pickle.dumps(y)), copy.deepcopy(y)): assert (t.decode(o)-x).abs().max() < tol
+        assert type(t.decode(y)) is TensorImage
+
+def test_what_is_no_longer_the_image_is_not_decoded():
+    t,x = ImageNormalize(),TensorImage(images((4,3,6,7)).float())
+    y = t(x)
+    for o in (y+1, y*2, y.flip(3), y[0], y[:,1:], y[...,2:], y.mean((2,3)), F.conv2d(y, torch.rand(2,3,3,3)), torch.stack([y,y]), torch.cat([y,y], 1), torch.cat([y,x]), y.max(0).values, *y.unbind(), *y.split(2), y.reshape(2,6,6,7)):
+        assert not isinstance(o, _Normalized) and type(o) is TensorImage and t.decode(o) is not None
+        assert torch.equal(t.decode(o).as_subclass(Tensor), o.as_subclass(Tensor))
+
+def test_what_is_left_alone():
+    t = ImageNormalize()
+    for o in (TensorMask(torch.ones(2,8,8).long()), TensorBBox(torch.rand(2,3,4)), TensorPoint(torch.rand(2,3,2)), TensorCategory(torch.tensor([1,0])), torch.tensor([1,2]), torch.rand(2,7), torch.zeros(2,8,8).long()):
+        assert t(o) is o or torch.equal(t(o), o) and type(t(o)) is type(o)
+    b = (TensorImage(torch.rand(2,3,4,4)),TensorMask(torch.ones(2,4,4).long()))
+    x,y = t(b)
+    assert y is b[1] and torch.equal(t.decode((x,y))[1], b[1])
+
+@pytest.mark.parametrize('x', [TensorImageBW(torch.rand(2,1,5,5)), TensorHPA(torch.rand(2,4,5,5), channels='rgby'), torch.rand(2,6,5,5), torch.rand(2,2,3,4,5)])
+def test_images_of_any_kind(x):
+    t = ImageNormalize()
+    y = t(x)
+    assert isinstance(y, type(x)) and y.shape == x.shape and y.double().std() > .5
+    back = t.decode(y)
+    assert type(back) is type(x) and torch.allclose(back, x, atol=1e-5) and getattr(back, 'channels', None) == getattr(x, 'channels', None)
+
+def test_bad_options():
+    with pytest.raises(ValueError, match='per'): ImageNormalize('all')
+    with pytest.raises(ValueError, match='q='): ImageNormalize(q=(5,1))
+    assert "'per': 'image'" in repr(ImageNormalize('image'))
+
+
+# --- In fastai
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "Photos of two classes, 'bright' and 'dark', with masks"
+    path,g = tmp_path_factory.mktemp('images'),np.random.default_rng(0)
+    for i in range(12):
+        c = ('bright','dark')[i%2]
+        (path/c).mkdir(exist_ok=True); (path/'masks').mkdir(exist_ok=True)
+        a = (g.random((40,40,3))*(200 if i%2 == 0 else 60)).astype(np.uint8)
+        PILImage.create(a).save(path/c/f'{i}.png'); PILMask.create((a[...,0] > 30).astype(np.uint8)).save(path/'masks'/f'{i}.png')
+    return path
+
+def files(folder): return sorted(f for f in folder.rglob('*.png') if f.parent.name != 'masks')
+def parent(f): return f.parent.name
+def mask_of(f): return f.parent.parent/'masks'/f.name
+def some(items): return [0,1,2,6,7,8],[3,4,5,9,10,11]
+
+def image_dls(folder, tfms=None, mask=False):
+    block = DataBlock((ImageBlock, MaskBlock(codes=['a','b']) if mask else CategoryBlock), get_items=files, get_y=mask_of if mask else parent, splitter=some, batch_tfms=tfms or [*aug_transforms(), ImageNormalize()])
+    return block.dataloaders(folder, bs=3, num_workers=0)
+
+def raw(f): return torch.from_numpy(np.asarray(PILImage.create(f))).permute(2,0,1)
+
+def test_in_a_datablock(folder):
+    dls = image_dls(folder, [ImageNormalize()])
+    x,y = dls.valid.one_batch()
+    assert torch.allclose(x.mean((2,3)), torch.zeros(3,3), atol=1e-5) and torch.allclose(x.std((2,3), unbiased=False), torch.ones(3,3), atol=1e-4)
+    shown = dls.valid.decode_batch((x,y))
+    for (im,_),f in zip(shown, files(folder)[3:6]): assert (im-raw(f)).abs().max() <= 1  # the original intensities, of each image
+    dls.valid.show_batch((x,y), max_n=3)
+    image_dls(folder).show_batch(max_n=2)
+
+@pytest.mark.parametrize('mask', [False,True])
+def test_learners_add_no_normalize_of_their_own(folder, mask, monkeypatch):
+    "With stats as of a pretrained net"
+    def arch(pretrained=False): return resnet18()
+    monkeypatch.setitem(model_meta, arch, {**{k:v for k,v in model_meta[resnet18].items() if k != 'weights'}, 'stats':imagenet_stats})
+    make = lambda tfms: (unet_learner if mask else vision_learner)(image_dls(folder, tfms, mask), arch, n_out=2, pretrained=True)
+    norms = lambda learn: [type(o) for o in learn.dls.after_batch.fs.filter(risinstance(Normalize))]
+    assert norms(make([ImageNormalize()])) == [ImageNormalize] and norms(make([*aug_transforms()])) == [Normalize]
+    learn = make([ImageNormalize()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    learn.show_results(max_n=2)
+
+def test_predict_test_dl_export(folder, tmp_path):
+    learn = vision_learner(image_dls(folder), resnet18, pretrained=False, n_out=2, path=tmp_path)
+    fs = files(folder)
+    with learn.no_bar(), learn.no_logging():
+        x,*_,probs = learn.predict(fs[0], with_input=True)
+        assert (x-raw(fs[0])).abs().max() <= 1
+        dl = learn.dls.test_dl(fs[:5], bs=2)
+        inp,preds,_ = learn.get_preds(dl=dl, with_input=True)
+        for im,f in zip(dl.decode_batch((inp,)), fs): assert (im[0]-raw(f)).abs().max() <= 1  # joined from three batches
+        learn.export()
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); new = load_learner(tmp_path/'export.pkl')
+    with new.no_bar(): torch.testing.assert_close(new.predict(fs[0])[2], probs)
+
+def test_hpa(tmp_path):
+    make_hpa(tmp_path, n=8, size=32)
+    dls = HPADataLoaders.from_folder(tmp_path, size=32, bs=4, batch_tfms=ImageNormalize())
+    x,y = dls.one_batch()
+    assert isinstance(x, TensorHPA) and torch.allclose(x.mean((2,3)), torch.zeros(4,4), atol=1e-4)
+    t = dls.after_batch.fs.filter(risinstance(ImageNormalize))[0]
+    back = t.decode(x)
+    assert 0 <= back.min()+1e-5 and back.max() <= 1+1e-5
+    dls.show_batch(max_n=2)
+
+def test_training_does_not_slow_down_by_types():
+    "After the first operation of the model nothing is left of the type"
+    seen = []
+    m = nn.Sequential(nn.Conv2d(3,4,3), nn.ReLU())
+    m[1].register_forward_pre_hook(lambda m,a: seen.append(type(a[0])))
+    m(ImageNormalize()(TensorImage(torch.rand(2,3,8,8))))
+    assert seen == [TensorImage]
