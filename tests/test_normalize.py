@@ -122,8 +122,18 @@ def test_clip():
 def test_input_stays_and_gradients_pass():
     x = images((2,2,4,5)).requires_grad_()
     before = x.detach().clone()
-    for stat in STATS: assert torch.autograd.gradcheck(lambda x: image_normalize(x, stat=stat), x)
+    for stat in STATS:
+        for kw in ({}, dict(eps=.4), dict(mask=torch.rand(4,5) > .3)): assert torch.autograd.gradcheck(lambda x: image_normalize(x, stat=stat, **kw), x)
     assert torch.equal(x, before)
+
+def test_a_blank_channel_leaves_other_gradients_alone():
+    w,x = torch.rand(2,2,4,5, dtype=torch.float64),images((2,2,4,5))
+    x[0,0] = .1
+    for stat in STATS:
+        a,b = x.clone().requires_grad_(),x[1:].clone().requires_grad_()
+        (image_normalize(a, stat=stat)*w).sum().backward(); (image_normalize(b, stat=stat)*w[1:]).sum().backward()
+        torch.testing.assert_close(a.grad[1:], b.grad)
+        assert a.grad.isfinite().all()
 
 def test_layouts_and_types_of_fastai():
     x = images((2,3,8,9)).float()
@@ -132,7 +142,10 @@ def test_layouts_and_types_of_fastai():
     torch.testing.assert_close(image_normalize(x.transpose(2,3)).transpose(2,3), y, rtol=1e-5, atol=1e-5)
     z = image_normalize(TensorImage(x))
     assert type(z) is TensorImage and torch.equal(z.as_subclass(Tensor), y)
-    assert image_normalize(x[:0]).shape == (0,3,8,9)
+    for mask in (None,'nonzero'): assert image_normalize(x[:0], mask=mask).shape == (0,3,8,9)
+    u = torch.arange(16, dtype=torch.int32).to(torch.uint16).view(1,1,4,4)
+    np.testing.assert_allclose(image_normalize(u, mask=lambda x: x > 7), reference(u.int(), ok=u.int().numpy() > 7), atol=1e-6)
+    with pytest.raises(ValueError, match='mask gives'): image_normalize(x, mask=lambda x: x.numpy() > 0)
 
 @pytest.mark.parametrize('kw', [dict(per='batch'), dict(stat='max'), dict(q=(99,1)), dict(q=(-1,50)), dict(q=5), dict(q=(1,101)), dict(clip=(1,0)), dict(clip=3), dict(eps=0), dict(eps=math.inf), dict(mask='zero'),
                                 dict(mask=3), dict(mask=torch.ones(3,3)), dict(ndim=4), dict(ndim=1)])
@@ -183,19 +196,20 @@ def test_decodes_each_sample():
         for i in (slice(None), slice(1,4), [3,0], torch.tensor([2,2]), torch.tensor([True,False,True,False,False]), slice(None,None,2)): assert (t.decode(y[i])-x[i]).abs().max() < tol
         assert (t.decode(torch.cat([y[3:],y[:3]]))-torch.cat([x[3:],x[:3]])).abs().max() < tol
         assert (t.decode(y.to(torch.float64))-x).abs().max() < tol and (t.decode(y.detach().cpu())-x).abs().max() < tol
-        for o in (pickle.loads(pickle.dumps(y)), copy.deepcopy(y)): assert (t.decode(o)-x).abs().max() < tol
+        assert (t.decode(torch.cat(tensors=(y[:2],y[2:]), axis=0))-x).abs().max() < tol
+        for o in (pickle.loads(pickle.dumps(y)), copy.deepcopy(y), y.clone(), torch.clone(y)): assert (t.decode(o)-x).abs().max() < tol
         assert type(t.decode(y)) is TensorImage
 
 def test_what_is_no_longer_the_image_is_not_decoded():
     t,x = ImageNormalize(),TensorImage(images((4,3,6,7)).float())
     y = t(x)
-    for o in (y+1, y*2, y.flip(3), y[0], y[:,1:], y[...,2:], y.mean((2,3)), F.conv2d(y, torch.rand(2,3,3,3)), torch.stack([y,y]), torch.cat([y,y], 1), torch.cat([y,x]), y.max(0).values, *y.unbind(), *y.split(2), y.reshape(2,6,6,7)):
+    for o in (y+1, y*2, y.flip(3), y[0], y[:,1:], y[...,2:], y.mean((2,3)), F.conv2d(y, torch.rand(2,3,3,3)), torch.stack([y,y]), torch.cat([y,y], 1), torch.cat([y,y], axis=1), torch.cat([y,x]), y.max(0).values, *y.unbind(), *y.split(2), y.reshape(2,6,6,7)):
         assert not isinstance(o, _Normalized) and type(o) is TensorImage and t.decode(o) is not None
         assert torch.equal(t.decode(o).as_subclass(Tensor), o.as_subclass(Tensor))
 
 def test_what_is_left_alone():
     t = ImageNormalize()
-    for o in (TensorMask(torch.ones(2,8,8).long()), TensorBBox(torch.rand(2,3,4)), TensorPoint(torch.rand(2,3,2)), TensorCategory(torch.tensor([1,0])), torch.tensor([1,2]), torch.rand(2,7), torch.zeros(2,8,8).long()):
+    for o in (TensorMask(torch.ones(2,8,8).long()), TensorBBox(torch.rand(2,3,4)), TensorPoint(torch.rand(2,3,2)), TensorCategory(torch.tensor([1,0])), torch.tensor([1,2]), torch.rand(2,7), torch.zeros(2,8,8).long(), torch.ones(2,1,4,4).long(), torch.ones(2,1,4,4, dtype=torch.bool)):
         assert t(o) is o or torch.equal(t(o), o) and type(t(o)) is type(o)
     b = (TensorImage(torch.rand(2,3,4,4)),TensorMask(torch.ones(2,4,4).long()))
     x,y = t(b)
@@ -247,6 +261,9 @@ def test_in_a_datablock(folder):
     for (im,_),f in zip(shown, files(folder)[3:6]): assert (im-raw(f)).abs().max() <= 1  # the original intensities, of each image
     dls.valid.show_batch((x,y), max_n=3)
     image_dls(folder).show_batch(max_n=2)
+    for new in (x.flip(3), x+0, x.clone(), x.new_empty(2,3,4,4), x[:2]): dls.valid.decode_batch((new,y))  # which fastai gives the first batch's type
+    again = pickle.loads(pickle.dumps(dls))
+    assert torch.equal(again.valid.one_batch()[0], x)
 
 @pytest.mark.parametrize('mask', [False,True])
 def test_learners_add_no_normalize_of_their_own(folder, mask, monkeypatch):
