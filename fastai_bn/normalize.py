@@ -20,19 +20,20 @@ from fastai.torch_core import TensorBase, TensorImage
 # %% auto #0
 __all__ = ['image_normalize', 'ImageNormalize']
 
-# %% ../nbs/07_normalize.ipynb #dd0ff0f6
+# %% ../nbs/07_normalize.ipynb #1c660c37
 def _ends(y:Tensor, k:int, largest:bool) -> Tensor:
     "The `k` largest or smallest values of each row of `y` [G, n], in no order"
     part = y[:,::17]
     kp = math.ceil(k/17+4*math.sqrt(k/17))+4  # so that at least k are beyond the kp-th, as a rule
     if y.device.type != 'cpu' or kp > part.shape[1]//4: return y.topk(k, 1, largest=largest, sorted=False).values
-    ts = part.topk(kp, 1, largest=largest).values[:,-1]
-    return torch.stack([_beyond(r, t, k, largest) for r,t in zip(y, ts)])
+    ts = part.topk(kp, 1, largest=largest, sorted=False).values.sort(1).values[:,0 if largest else -1,None]
+    ties = ((part >= ts if largest else part <= ts).sum(1) > 4*kp).tolist()
+    return torch.stack([_beyond(r, t, k, largest, tied) for r,t,tied in zip(y, ts[:,0].tolist(), ties)])
 
-def _beyond(r:Tensor, t:Tensor, k:int, largest:bool) -> Tensor:
-    "The `k` largest or smallest values of `r` [n], of which there are about `k` beyond the threshold `t` [], or many that equal it"
-    c = r[r > t] if largest else r[r < t]
-    if len(c) < k: c = torch.cat([c, r[r == t][:k-len(c)]])
+def _beyond(r:Tensor, t:float, k:int, largest:bool, tied:bool) -> Tensor:
+    "The `k` largest or smallest values of `r` [n], of which there are about `k` beyond the threshold `t`, or, `tied`, many that equal it"
+    c = r[r > t] if tied and largest else r[r < t] if tied else r[r >= t] if largest else r[r <= t]
+    if tied and len(c) < k <= len(c)+int((r == t).sum()): c = torch.cat([c, r.new_full((k-len(c),), t)])
     return (c if len(c) >= k else r).topk(k, largest=largest, sorted=False).values
 
 def _percentile(y:Tensor, q:float) -> Tensor:
