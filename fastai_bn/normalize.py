@@ -20,7 +20,7 @@ from fastai.torch_core import TensorBase, TensorImage
 # %% auto #0
 __all__ = ['image_normalize', 'ImageNormalize']
 
-# %% ../nbs/07_normalize.ipynb #1c660c37
+# %% ../nbs/07_normalize.ipynb #a99dcec1
 def _ends(y:Tensor, k:int, largest:bool) -> Tensor:
     "The `k` largest or smallest values of each row of `y` [G, n], in no order"
     part = y[:,::17]
@@ -37,17 +37,24 @@ def _beyond(r:Tensor, t:float, k:int, largest:bool, tied:bool) -> Tensor:
     return (c if len(c) >= k else r).topk(k, largest=largest, sorted=False).values
 
 def _percentile(y:Tensor, q:float) -> Tensor:
-    "The `q`-th percentile of each row of `y` [G, n]: between the values at the ranks around q/100*(n-1)"
+    "The `q`-th percentile [G, 1] of each row of `y` [G, n]: between the values at the ranks around q/100*(n-1)"
     n = y.shape[1]
     k = min(math.floor(pos := q/100*(n-1)), max(n-2, 0))
     low = k < n//2
     two = _ends(y, min(k+2, n) if low else n-k, not low).topk(min(2, n), 1, largest=low).values  # ranks k and k+1
-    a,b = (two[:,-1],two[:,0]) if low else (two[:,0],two[:,-1])
+    a,b = (two[:,-1:],two[:,:1]) if low else (two[:,:1],two[:,-1:])
     return a+(pos-k)*(b-a)
 
-# %% ../nbs/07_normalize.ipynb #262bee26
-def _standardized(y:Tensor, lo:Tensor, span:Tensor, stat:str, q:tuple) -> tuple[Tensor,Tensor,Tensor]:
-    "Rows `y` [G, n] with minimum and range [G, 1], less their centre and over their scale; centre and scale. Not finite where the scale is 0"
+def _byte_percentile(u:Tensor, q:float) -> Tensor:
+    "The same of bytes, by counting them"
+    counts = torch.stack([torch.bincount(r, minlength=256) for r in u]).cumsum(1)
+    k = math.floor(pos := q/100*(u.shape[1]-1))
+    a,b = (torch.searchsorted(counts, torch.full_like(counts[:,:1], min(i, u.shape[1]))).float() for i in (k+1,k+2))
+    return a+(pos-k)*(b-a)
+
+# %% ../nbs/07_normalize.ipynb #8115c8f0
+def _standardized(y:Tensor, stat:str, ends) -> tuple[Tensor,Tensor,Tensor]:
+    "Rows `y` [G, n] less their centre and over their scale; centre and scale [G, 1]. `ends()` gives what becomes 0 and 1 where that is so. Not finite where the scale is 0"
     if stat == 'std' and y.requires_grad:  # the kernel below gives no gradients for its moments
         var,mean = torch.var_mean(y, 1, correction=0, keepdim=True)
         s = var.where(var > 0, 1).sqrt().where(var > 0, 0)
@@ -55,27 +62,29 @@ def _standardized(y:Tensor, lo:Tensor, span:Tensor, stat:str, q:tuple) -> tuple[
     if stat == 'std':
         out,mean,rstd = torch.native_layer_norm(y, (y.shape[1],), None, None, 0.)  # the fastest kernel with precise moments
         return out,mean,1/rstd
-    if stat == 'minmax': c,s = lo,span
-    else: c,hi = (_percentile(y, o)[:,None] for o in q); s = hi-c
-    return (y-c).div_(s),c,s
+    c,hi = ends()
+    return (y-c).div_(hi-c),c,hi-c
 
-# %% ../nbs/07_normalize.ipynb #7a6fe58f
+# %% ../nbs/07_normalize.ipynb #ce22086a
 def _stretched(v:Tensor, lo:Tensor, span:Tensor) -> tuple[Tensor,Tensor|float,Tensor|float]:
     "Rows `v` [G, n] with minimum and range [G, 1] as v = stretched*unit + offset; as they are where that is precise enough"
     if ((lo.abs() <= 4*span) & (span > 1e-10) & (span < 1e10)).all(): return v,0.,1.
     unit = span.where(span > 0, 1)
     return (v-lo).div_(unit),lo,unit
 
-def _fast(v:Tensor, stat:str, q:tuple, eps:float) -> tuple[Tensor,...]|None:
-    "Rows `v` [G, n] normalised; centre and scale [G, 1], 0 where there is only one value. None if not all are finite"
+def _fast(v:Tensor, stat:str, q:tuple, eps:float, u:Tensor|None=None) -> tuple[Tensor,...]|None:
+    "Rows `v` [G, n], bytes also as they are in `u`, normalised; centre and scale [G, 1], 0 where there is only one value. None if not all are finite"
     if stat == 'std' and 2*v.shape[1]*eps**2 <= 1:
-        out,c,s = _standardized(v, 0., 1., stat, q)
+        out,c,s = _standardized(v, stat, None)
         if ((c.abs() <= 4*s) & (s > 1e-10) & (s < 1e10)).all(): return out,c,s
     lo = v.amin(1, keepdim=True)
     span = v.amax(1, keepdim=True)-lo
     if not span.isfinite().all(): return None  # NaN and inf show in the ends
     y,off,unit = _stretched(v, lo, span)
-    out,c,s = _standardized(y, (lo-off)/unit, span/unit, stat, q)
+    def ends():
+        if stat == 'minmax': return (lo-off)/unit,(lo-off+span)/unit
+        return [_percentile(y, o) if u is None else (_byte_percentile(u, o)-off)/unit for o in q]
+    out,c,s = _standardized(y, stat, ends)
     least = eps*span/unit
     if not (s >= least).all() or not (span > 0).all():
         s = torch.maximum(s, least)
@@ -123,7 +132,7 @@ def _counting(x:Tensor, xp:Tensor, mask) -> Tensor:
     try: return ok.to(device=x.device, dtype=torch.bool).expand(x.shape)
     except RuntimeError as e: raise ValueError(f"mask has the shape {list(ok.shape)}: it does not broadcast to the image's {list(x.shape)}") from e
 
-# %% ../nbs/07_normalize.ipynb #3cb37de9
+# %% ../nbs/07_normalize.ipynb #6fa41a19
 def _plain(x:Tensor) -> tuple[Tensor,torch.dtype]:
     "`x` in a floating type that holds its values, without fastai's types, and the type of the result"
     x = x.as_subclass(Tensor)
@@ -156,7 +165,8 @@ def image_normalize(
     xp,dtype = _plain(x)
     groups = x.shape[:-n] if per == 'channel' else x.shape[:-n-1]
     v = xp.reshape(math.prod(groups), math.prod(x.shape[len(groups):]))
-    res = _fast(v, stat, q, eps) if mask is None or not len(v) else None
+    u = x.as_subclass(Tensor).reshape(v.shape) if x.dtype == torch.uint8 and stat == 'percentile' and len(v) else None
+    res = _fast(v, stat, q, eps, u) if mask is None or not len(v) else None
     if res is None: res = _slow(v, _counting(x, xp, mask).reshape(v.shape), stat, q, eps)
     out,*stats = res
     if clip is not None: out = out.clamp_(*clip)

@@ -8,7 +8,7 @@ from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, MaskBlock, 
                                TensorImageBW, TensorMask, TensorPoint, aug_transforms, imagenet_stats, load_learner, model_meta, resnet18, risinstance, unet_learner, vision_learner)
 from fastai_bn.all import HPADataLoaders, ImageNormalize, image_normalize, make_hpa
 from fastai_bn.hpa import TensorHPA
-from fastai_bn.normalize import _Normalized, _percentile
+from fastai_bn.normalize import _Normalized, _byte_percentile, _percentile
 
 STATS = ['std','minmax','percentile']
 TYPES = [torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -59,7 +59,9 @@ def test_percentiles_are_numpys():
     g = torch.Generator().manual_seed(0)
     for n in (1,2,3,7,100,5000,20_000):
         for y in (torch.rand(3,n, generator=g, dtype=torch.float64), torch.randint(0, 4, (3,n), generator=g).double()):
-            for q in (0,.01,1,25,49.9,50,75,99,99.99,100): np.testing.assert_allclose(_percentile(y, q), np.percentile(y, q, axis=1), rtol=1e-12, atol=1e-12)
+            for q in (0,.01,1,25,49.9,50,75,99,99.99,100): np.testing.assert_allclose(_percentile(y, q)[:,0], np.percentile(y, q, axis=1), rtol=1e-12, atol=1e-12)
+        u = torch.randint(0, 256, (3,n), generator=g).byte()
+        for q in (0,1,50.3,99.8,100): np.testing.assert_allclose(_byte_percentile(u, q)[:,0], np.percentile(u, q, axis=1), rtol=1e-5)
 
 @pytest.mark.parametrize('shape,n,kw', [((2,3,5,6),2,{}), ((3,5,6),2,{}), ((3,40),1,{}), ((2,3,4,5,6),3,{}), ((2,3,40),1,dict(ndim=1)), ((3,4,5,6),3,dict(ndim=3)), ((2,3,5,6),2,dict(ndim=2))])
 @pytest.mark.parametrize('per', ['channel','image'])
@@ -74,6 +76,9 @@ def test_dimensions(shape, n, kw, per):
 def test_blank_and_constant_channels(stat):
     x = images()
     x[0,0],x[0,1],x[1,2] = 0,7.3,1e30
+    u = x.clamp(0,255).byte()
+    y,c,s = image_normalize(u, stat=stat, return_stats=True)
+    assert c[0,1] == 7 and not y[0,1].any() and torch.allclose(y*s+c, u.float(), atol=1e-3)
     for dtype in (torch.float64, torch.float32, torch.float16):
         y,c,s = image_normalize(x.clamp(max=6e4).to(dtype), stat=stat, return_stats=True)
         assert not y[0,:2].any() and not y[1,2].any() and y.isfinite().all() and y[2].any()
