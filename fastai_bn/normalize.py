@@ -132,7 +132,7 @@ def _counting(x:Tensor, xp:Tensor, mask) -> Tensor:
     try: return ok.to(device=x.device, dtype=torch.bool).expand(x.shape)
     except RuntimeError as e: raise ValueError(f"mask has the shape {list(ok.shape)}: it does not broadcast to the image's {list(x.shape)}") from e
 
-# %% ../nbs/07_normalize.ipynb #6fa41a19
+# %% ../nbs/07_normalize.ipynb #d3c0df9c
 def _plain(x:Tensor) -> tuple[Tensor,torch.dtype]:
     "`x` in a floating type that holds its values, without fastai's types, and the type of the result"
     x = x.as_subclass(Tensor)
@@ -145,6 +145,7 @@ def _like(out:Tensor, x:Tensor) -> Tensor:
     out.__dict__ = {k:v for k,v in x.__dict__.items() if k != 'norm_stats'}
     return out
 
+# %% ../nbs/07_normalize.ipynb #cfe1758b
 def image_normalize(
     x:Tensor,           # [B, C, H, W] or [C, H, W]; volumes [B, C, D, H, W]; signals [C, L]. Any integer, boolean or floating type
     per:str='channel',  # Statistics of each 'channel' of an image, or of all channels of an 'image' together, which keeps their relation
