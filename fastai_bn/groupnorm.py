@@ -52,11 +52,13 @@ def _n_groups(num_channels:int, num_groups:int=32, channels_per_group:int|None=N
     most = num_channels//per if channels_per_group else min(num_groups, num_channels//per)
     return next((g for g in range(most, 0, -1) if num_channels % g == 0), 1)
 
-# %% ../nbs/05_groupnorm.ipynb #7c09a1d8
+# %% ../nbs/05_groupnorm.ipynb #c9696ef9
+def _has_act(m:nn.Module) -> bool: return hasattr(m, 'act') and hasattr(m, 'drop')  # as timm's layers
+
 def _gn_class(m:nn.Module) -> type:
     "What does after conversion what `m` does around its normalisation"
     if isinstance(m, BatchNorm1dFlat): return _GroupNorm1dFlat
-    if hasattr(m, 'act') and hasattr(m, 'drop'): return _GroupNormAct
+    if _has_act(m): return _GroupNormAct
     if type(m).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
         warnings.warn(f"bn_to_gn: {type(m).__qualname__} has a forward of its own, of which only the normalisation is left")
     return GroupNorm
@@ -75,7 +77,7 @@ def _known(model:nn.Module):
     "Make those `nn.GroupNorm` of `model`, and timm's with activation, known to fastai"
     for m in model.modules():
         if type(m) is nn.GroupNorm: m.__class__ = GroupNorm
-        elif isinstance(m, nn.GroupNorm) and not isinstance(m, GroupNorm) and hasattr(m, 'act') and hasattr(m, 'drop'): m.__class__ = _GroupNormAct
+        elif isinstance(m, nn.GroupNorm) and not isinstance(m, GroupNorm) and _has_act(m): m.__class__ = _GroupNormAct
 
 # %% ../nbs/05_groupnorm.ipynb #001c2013
 def _is_trained(m:_BatchNorm) -> bool:
@@ -93,7 +95,7 @@ def _check_groups(num_groups, channels_per_group=None):
     for k,v in ('num_groups',num_groups),('channels_per_group',channels_per_group):
         if (k,v) != ('channels_per_group',None) and not _is_count(v): raise ValueError(f"{k}={v!r}: it is an integer of at least 1")
 
-# %% ../nbs/05_groupnorm.ipynb #a7cfad9e
+# %% ../nbs/05_groupnorm.ipynb #ad1dc819
 def bn_to_gn(
     model:nn.Module,   # Any PyTorch model
     num_groups:int=32, # Groups per layer, at most: the largest divisor of its channels that leaves two or more in a group
@@ -104,7 +106,7 @@ def bn_to_gn(
 
     `ValueError` for numbers below 1, for lazy layers that have not seen a batch yet, and for parametrized ones."""
     _check_groups(num_groups, channels_per_group)
-    if any(isinstance(m, _LazyNormBase) for m in model.modules()):
+    if any(isinstance(m, _LazyNormBase) and isinstance(m, _BatchNorm) for m in model.modules()):
         raise ValueError("bn_to_gn: the model has lazy BatchNorm, whose channels are not known yet. Run a batch through it first")
     if not inplace: model = _copied(model)
     bns = [m for m in model.modules() if isinstance(m, _BatchNorm)]

@@ -20,7 +20,7 @@ from fastai.torch_core import TensorBase, TensorImage
 # %% auto #0
 __all__ = ['image_normalize', 'ImageNormalize']
 
-# %% ../nbs/07_normalize.ipynb #a99dcec1
+# %% ../nbs/07_normalize.ipynb #3d43a40d
 def _ends(y:Tensor, k:int, largest:bool) -> Tensor:
     "The `k` largest or smallest values of each row of `y` [G, n], in no order"
     part = y[:,::17]
@@ -45,12 +45,12 @@ def _percentile(y:Tensor, q:float) -> Tensor:
     a,b = (two[:,-1:],two[:,:1]) if low else (two[:,:1],two[:,-1:])
     return a+(pos-k)*(b-a)
 
-def _byte_percentile(u:Tensor, q:float) -> Tensor:
-    "The same of bytes, by counting them"
-    counts = torch.stack([torch.bincount(r, minlength=256) for r in u]).cumsum(1)
-    k = math.floor(pos := q/100*(u.shape[1]-1))
-    a,b = (torch.searchsorted(counts, torch.full_like(counts[:,:1], min(i, u.shape[1]))).float() for i in (k+1,k+2))
-    return a+(pos-k)*(b-a)
+def _byte_percentiles(u:Tensor, q:tuple) -> list[Tensor]:
+    "The same of bytes `u` [G, n], for each of `q`, by counting them"
+    n,counts = u.shape[1],torch.stack([torch.bincount(r, minlength=256) for r in u]).cumsum(1)
+    def at(k): return torch.searchsorted(counts, torch.full_like(counts[:,:1], min(k+1, n))).float()  # the value of rank k
+    pos = [o/100*(n-1) for o in q]
+    return [at(k := math.floor(p))+(p-k)*(at(k+1)-at(k)) for p in pos]
 
 # %% ../nbs/07_normalize.ipynb #8115c8f0
 def _standardized(y:Tensor, stat:str, ends) -> tuple[Tensor,Tensor,Tensor]:
@@ -65,7 +65,7 @@ def _standardized(y:Tensor, stat:str, ends) -> tuple[Tensor,Tensor,Tensor]:
     c,hi = ends()
     return (y-c).div_(hi-c),c,hi-c
 
-# %% ../nbs/07_normalize.ipynb #ce22086a
+# %% ../nbs/07_normalize.ipynb #47dd0709
 def _stretched(v:Tensor, lo:Tensor, span:Tensor) -> tuple[Tensor,Tensor|float,Tensor|float]:
     "Rows `v` [G, n] with minimum and range [G, 1] as v = stretched*unit + offset; as they are where that is precise enough"
     if ((lo.abs() <= 4*span) & (span > 1e-10) & (span < 1e10)).all(): return v,0.,1.
@@ -83,7 +83,7 @@ def _fast(v:Tensor, stat:str, q:tuple, eps:float, u:Tensor|None=None) -> tuple[T
     y,off,unit = _stretched(v, lo, span)
     def ends():
         if stat == 'minmax': return (lo-off)/unit,(lo-off+span)/unit
-        return [_percentile(y, o) if u is None else (_byte_percentile(u, o)-off)/unit for o in q]
+        return [_percentile(y, o) for o in q] if u is None else [(o-off)/unit for o in _byte_percentiles(u, q)]
     out,c,s = _standardized(y, stat, ends)
     least = eps*span/unit
     if not (s >= least).all() or not (span > 0).all():

@@ -29,7 +29,7 @@ def _no_bn(model:DynamicUnet):
         for k,m in parent.named_children():
             if isinstance(m, nn.modules.batchnorm._BatchNorm): setattr(parent, k, nn.Identity())
 
-# %% ../nbs/06_unet.ipynb #2e116af5
+# %% ../nbs/06_unet.ipynb #3368d26a
 @delegates(unet_learner, but=['norm_type'])
 def gn_unet_learner(
     dls,               # DataLoaders with images [B, n_in, H, W]
@@ -53,7 +53,7 @@ def gn_unet_learner(
     else: bn_to_gn(model if scope == 'all' else model.layers[1:], num_groups, inplace=True)
     _known(model)
     if ws: weight_standardize(model, inplace=True)
-    if learn.opt is not None:  # made for the parameters of before
+    if learn.opt is not None:  # to freeze, `unet_learner` has made one, for the parameters of before
         learn.opt = None
-        if learn.pretrained: learn.freeze()
+        learn.freeze()
     return learn

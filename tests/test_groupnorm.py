@@ -169,6 +169,7 @@ def test_lazy_layers_have_to_see_a_batch_first():
     with pytest.raises(ValueError, match='lazy'): bn_to_gn(m)
     m.eval()(torch.randn(2,4,3,3))
     assert bn_to_gn(m)[0].num_channels == 4
+    bn_to_gn(nn.Sequential(nn.BatchNorm2d(4), nn.LazyInstanceNorm2d()), inplace=True)  # which is none of our business
 
 def test_nothing_to_convert():
     with pytest.warns(UserWarning, match='no BatchNorm'): bn_to_gn(nn.Sequential(nn.Linear(2,2)))

@@ -4,11 +4,11 @@ import copy, math, pickle, warnings
 import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
-from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, MaskBlock, Normalize, PILImage, PILMask, TensorBBox, TensorCategory, TensorImage,
+from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, ImageDataLoaders, MaskBlock, Normalize, PILImage, PILMask, TensorBBox, TensorCategory, TensorImage,
                                TensorImageBW, TensorMask, TensorPoint, aug_transforms, imagenet_stats, load_learner, model_meta, resnet18, risinstance, unet_learner, vision_learner)
 from fastai_bn.all import HPADataLoaders, ImageNormalize, image_normalize, make_hpa
 from fastai_bn.hpa import TensorHPA
-from fastai_bn.normalize import _Normalized, _byte_percentile, _percentile
+from fastai_bn.normalize import _Normalized, _byte_percentiles, _percentile
 
 STATS = ['std','minmax','percentile']
 TYPES = [torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -61,7 +61,8 @@ def test_percentiles_are_numpys():
         for y in (torch.rand(3,n, generator=g, dtype=torch.float64), torch.randint(0, 4, (3,n), generator=g).double()):
             for q in (0,.01,1,25,49.9,50,75,99,99.99,100): np.testing.assert_allclose(_percentile(y, q)[:,0], np.percentile(y, q, axis=1), rtol=1e-12, atol=1e-12)
         u = torch.randint(0, 256, (3,n), generator=g).byte()
-        for q in (0,1,50.3,99.8,100): np.testing.assert_allclose(_byte_percentile(u, q)[:,0], np.percentile(u, q, axis=1), rtol=1e-5)
+        qs = (0,1,50.3,99.8,100)
+        for q,o in zip(qs, _byte_percentiles(u, qs)): np.testing.assert_allclose(o[:,0], np.percentile(u, q, axis=1), rtol=1e-5)
 
 @pytest.mark.parametrize('shape,n,kw', [((2,3,5,6),2,{}), ((3,5,6),2,{}), ((3,40),1,{}), ((2,3,4,5,6),3,{}), ((2,3,40),1,dict(ndim=1)), ((3,4,5,6),3,dict(ndim=3)), ((2,3,5,6),2,dict(ndim=2))])
 @pytest.mark.parametrize('per', ['channel','image'])
@@ -269,6 +270,13 @@ def test_in_a_datablock(folder):
     for new in (x.flip(3), x+0, x.clone(), x.new_empty(2,3,4,4), x[:2]): dls.valid.decode_batch((new,y))  # which fastai gives the first batch's type
     again = pickle.loads(pickle.dumps(dls))
     assert torch.equal(again.valid.one_batch()[0], x)
+
+def test_in_imagedataloaders(folder, tmp_path):
+    for f in files(folder): (tmp_path/parent(f)).mkdir(exist_ok=True); (tmp_path/parent(f)/f.name).write_bytes(f.read_bytes())
+    dls = ImageDataLoaders.from_folder(tmp_path, valid_pct=.5, seed=0, bs=3, num_workers=0, batch_tfms=ImageNormalize('image', 'minmax'))
+    x,y = dls.valid.one_batch()
+    assert torch.allclose(x.amin((1,2,3)), torch.zeros(3)) and torch.allclose(x.amax((1,2,3)), torch.ones(3))
+    for (im,_),f in zip(dls.valid.decode_batch((x,y)), dls.valid.items): assert (im-raw(f)).abs().max() <= 1
 
 @pytest.mark.parametrize('mask', [False,True])
 def test_learners_add_no_normalize_of_their_own(folder, mask, monkeypatch):
