@@ -7,16 +7,17 @@ Docs: https://fastai-bn.github.io/fastai_bn/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/all.ipynb #78b95a22
+# %% ../nbs/all.ipynb #15d63754
 from .moments import *
 from .accumulate import *
 from .paging import *
+from .lockstep import *
 from .precise import *
 from .groupnorm import *
 from .unet import *
 from .normalize import *
 from .hpa import *
 
-# %% ../nbs/all.ipynb #1ff08de6
-from . import accumulate, groupnorm, hpa, moments, normalize, paging, precise, unet
-__all__ = [o for m in (moments, accumulate, paging, precise, groupnorm, unet, normalize, hpa) for o in m.__all__]
+# %% ../nbs/all.ipynb #8eafdefc
+from . import accumulate, groupnorm, hpa, lockstep, moments, normalize, paging, precise, unet
+__all__ = [o for m in (moments, accumulate, paging, lockstep, precise, groupnorm, unet, normalize, hpa) for o in m.__all__]

@@ -229,7 +229,7 @@ def moved_bytes(
         last.update(dict.fromkeys((*s.uses, *s.new), i))
     return moved + sum(sizes[l] for l in away)
 
-# %% ../nbs/02_paging.ipynb #a16a4f04
+# %% ../nbs/02_paging.ipynb #66e8e537
 class _Block:
     "The storages that the operations of one block have met"
     def __init__(self, copies:_Copies, limit_on, order:Order|None):
@@ -240,7 +240,7 @@ class _Block:
         self.device = self.limit = None
         self.order,self.exact = Order([Step(None, (), (), (), 0)]),order is not None
         self.step = self.order.steps[0]  # what appears before the first step
-        self.params,self.modules,self.compiled = {},set(),False
+        self.params,self.modules,self.compiled,self.batch = {},set(),False,0  # `batch`: samples
 
     def find(self, t:Tensor) -> _Stored:
         "The record of the storage of `t`"
@@ -463,7 +463,7 @@ def after(self:_Block, func, own:list[_Stored], writes:list[_Stored], out):
     self.step.grow,self.known = max(self.step.grow, self.alive-self.step.base),len(self.labels)
     if self.forecast is not None and self.limit is not None: self.look_ahead()
 
-# %% ../nbs/02_paging.ipynb #cb87be3c
+# %% ../nbs/02_paging.ipynb #f9a12cbd
 @patch
 def note_param(self:_Block, p:nn.Parameter):
     "Neither `p` nor its gradient, now or later, is counted or moved"
@@ -490,6 +490,7 @@ def keep_tensor(self:_Block, t:Tensor):
 def note_module(self:_Block, module:nn.Module, args:tuple):
     "Before each forward pass of any module: note the parameters and buffers in it"
     if module in self.modules: return
+    self.batch = max(self.batch, next((len(t) for t in args if isinstance(t, Tensor) and t.dim()), 0))
     for m in module.modules():
         if m in self.modules: continue
         self.modules.add(m)
@@ -521,7 +522,7 @@ def close(self:_Block):
                                 "at the end of the block and are lost: free memory on the device, or keep fewer tensors") from error
     if error is not None and not isinstance(error, Exception): raise error
 
-# %% ../nbs/02_paging.ipynb #2e8252ca
+# %% ../nbs/02_paging.ipynb #ef38be79
 class ActivationPager(TorchDispatchMode):
     "Keep the activations of any forward and backward within a budget of device memory; results stay the same bit for bit"
     supports_higher_order_operators = True
@@ -532,7 +533,7 @@ class ActivationPager(TorchDispatchMode):
         super().__init__()
         self.budget,self._limit,self.order = budget,parse_budget(budget),None  # `order`: what the last block did
         self.peak,self.need,self.need_op = 0,0,None  # bytes on the device, at most; of the most demanding operation
-        self._copies,self._block,self._lock,self._limits,self._warned = _Copies(),None,threading.RLock(),{},set()
+        self._copies,self._block,self._lock,self._limits,self._warned,self._rows = _Copies(),None,threading.RLock(),{},set(),math.inf
 
     def __enter__(self):
         if self._block is not None or any(isinstance(o, ActivationPager) for o in _get_current_dispatch_mode_stack()):
@@ -558,9 +559,10 @@ class ActivationPager(TorchDispatchMode):
             block.after(func, own, writes, out)
             if block.resident > self.peak: self.peak = block.resident
             if (n := block.need(own)) > self.need: self.need,self.need_op = n,func
+            if block.limit is not None and n > block.limit: self._rows = min(self._rows, block.rows(n, _tensors(list(tree_iter((args,kwargs,out))))))
             return out
 
-# %% ../nbs/02_paging.ipynb #d9d75c00
+# %% ../nbs/02_paging.ipynb #9b6b91c4
 @patch
 def _close(self:ActivationPager) -> _Block:
     "Leave nothing behind"
@@ -574,6 +576,20 @@ def need(self:_Block, own:list[_Stored]) -> int: # Bytes
     "The smallest budget under which the operation on `own` can run"
     return self.fixed + sum([r.nbytes for r in own if not (r.fixed or r.kept)])
 
+# %% ../nbs/02_paging.ipynb #2b3b44bf
+@patch
+def rows(self:_Block, need:int, tensors:list[Tensor]) -> int:
+    "How many of its rows an operation on `tensors` could have had at once within the limit"
+    rows = {}  # a storage's, where a tensor reaches over all of it
+    for t in tensors:
+        if t.is_nested or t.layout is not torch.strided or not t.dim() or (r := self.find(t)).kept or r.fixed: continue
+        if t.stride(0)*len(t)*t.element_size() == r.nbytes: rows[r.label] = len(t),r.nbytes
+    if not rows: return 0
+    n = max(rows.values(), key=lambda o: o[1])[0]
+    batch = sum([b for k,b in rows.values() if k == n])
+    return n*(self.limit - need + batch)//batch if n <= self.batch else 0  # those of weights cannot be fewer
+
+# %% ../nbs/02_paging.ipynb #8326cdb9
 @patch(as_prop=True)
 def host_peak(self:ActivationPager) -> int: # Bytes
     "Highest number of bytes in host memory at once"
@@ -597,7 +613,7 @@ def pin(self:ActivationPager,
         for t in tree_iter(trees):
             for o in _plain(t) if isinstance(t, Tensor) else (): self._block.fix(self._block.find(o))
 
-# %% ../nbs/02_paging.ipynb #3f2e4a42
+# %% ../nbs/02_paging.ipynb #c936b91d
 @patch
 def _limit_on(self:ActivationPager, device:torch.device) -> int|None: # Bytes
     "The budget on `device`: a share is taken of what is free when the first block meets it"
@@ -615,7 +631,8 @@ def _learn(self:ActivationPager, block:_Block):
         self._warn('cpu', "A budget on the CPU saves nothing: what is moved away stays in the same memory. It is of use for tests only")
     if self.need > block.limit:
         self._warn('need', f"{self.need_op} alone needs {self.need:,} bytes with what has to stay on the device, more than the budget of "
-                   f"{block.limit:,}. It ran all the same. The smallest budget that would have held is {self.need}")
+                   f"{block.limit:,}. It ran all the same. The smallest budget that would have held is {self.need}" + (
+                   f"; an operation of the model (not of the loss) would fit in lock step, with micro_bs={self._rows} or less in AccumulateGradBN or MicroBatched" if self._rows >= 1 else ""))
 
 @patch
 def _warn(self:ActivationPager, key:str, message:str):

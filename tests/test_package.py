@@ -10,11 +10,11 @@ import fastai_bn
 import fastai_bn.all
 
 root = Path(__file__).resolve().parent.parent
-MODULES = ['moments','accumulate','paging','precise','groupnorm','unet','normalize','hpa','demo']
+MODULES = ['moments','accumulate','paging','lockstep','precise','groupnorm','unet','normalize','hpa','demo']
 public = [(m,n) for m in MODULES for n in importlib.import_module(f'fastai_bn.{m}').__all__] + [('precise','Learner.precise_bn')]
 
 def test_all_exports_the_api():
-    for n in 'AccumulateGradBN precise_bn Moments bn_layers bn_to_gn weight_standardize gn_unet_learner image_normalize ImageNormalize HPADataLoaders make_hpa HPA_LABELS'.split(): assert hasattr(fastai_bn.all, n) and n in fastai_bn.all.__all__
+    for n in 'AccumulateGradBN ActivationPager MicroBatched precise_bn Moments bn_layers bn_to_gn weight_standardize gn_unet_learner image_normalize ImageNormalize HPADataLoaders make_hpa HPA_LABELS'.split(): assert hasattr(fastai_bn.all, n) and n in fastai_bn.all.__all__
     assert Learner.precise_bn
 
 @pytest.mark.parametrize('module,name', public)
@@ -80,7 +80,7 @@ def test_notebooks(f):
 
 def test_examples_have_outputs():
     "A notebook that shows something has stored outputs"
-    for n in ('00_moments','01_accumulate','04_precise','05_groupnorm','06_unet','07_normalize','08_hpa','09_demo','index'):
+    for n in ('00_moments','01_accumulate','02_paging','03_lockstep','04_precise','05_groupnorm','06_unet','07_normalize','08_hpa','09_demo','index'):
         nb = json.loads((root/'nbs'/f'{n}.ipynb').read_text(encoding='utf-8'))
         assert sum(bool(c.get('outputs')) for c in nb['cells']) >= 1, n
 

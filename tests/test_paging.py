@@ -1,4 +1,4 @@
-import contextlib, copy, gc, math, pickle, warnings, weakref
+import contextlib, copy, gc, math, pickle, re, warnings, weakref
 
 import numpy as np, pytest, torch
 import torch.nn.functional as F
@@ -855,7 +855,7 @@ def test_a_budget_too_small_for_one_operation_warns_once_and_says_what_would_hol
         step(m, x, y, pager)
     text = str([o for o in w if 'alone' in str(o.message)][0].message)
     assert f'{KB64:,}' in text
-    least = int(text.split()[-1])
+    least = int(re.search(r'would have held is (\d+)', text)[1])
     for budget,fits in ((least, True), (least-1, False)):
         p = ActivationPager(budget)
         with warnings.catch_warnings(record=True) as w:
