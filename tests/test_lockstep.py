@@ -602,7 +602,7 @@ def test_exceptions_come_out_as_they_are(at, error):
     with pytest.raises(type(error)) as e: MicroBatched(m, 3)(tilted(8))
     assert e.value is error and any('in forward' in o and 'raise self.error' in o for o in traceback.format_exception(e.value))
     assert len(CLOSED) == 3 and _settings() == mode  # each has been unwound
-    assert not any(isinstance(o, greenlet) and o and o is not getcurrent() for o in gc.get_objects())
+    assert not any(type(o) is greenlet and o and o is not getcurrent() for o in gc.get_objects())
     assert_untouched(m)
     assert all(torch.equal(b.num_batches_tracked, torch.tensor(1 if i == 0 or at == 'end' else 0)) for i,b in enumerate(bn_layers(m).values()))
     a,b = m.m,conv_net().train()
