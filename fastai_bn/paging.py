@@ -463,7 +463,7 @@ def after(self:_Block, func, own:list[_Stored], writes:list[_Stored], out):
     self.step.grow,self.known = max(self.step.grow, self.alive-self.step.base),len(self.labels)
     if self.forecast is not None and self.limit is not None: self.look_ahead()
 
-# %% ../nbs/02_paging.ipynb #f9a12cbd
+# %% ../nbs/02_paging.ipynb #3371ff1a
 @patch
 def note_param(self:_Block, p:nn.Parameter):
     "Neither `p` nor its gradient, now or later, is counted or moved"
@@ -488,7 +488,7 @@ def keep_tensor(self:_Block, t:Tensor):
 
 @patch
 def note_module(self:_Block, module:nn.Module, args:tuple):
-    "Before each forward pass of any module: note the parameters and buffers in it"
+    "Before each forward pass of any module: note the parameters and buffers in it, and how many samples there are"
     if module in self.modules: return
     self.batch = max(self.batch, next((len(t) for t in args if isinstance(t, Tensor) and t.dim()), 0))
     for m in module.modules():

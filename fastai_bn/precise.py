@@ -279,7 +279,7 @@ def _precision(learn:Learner):
     cb = next((cb for cb in learn.cbs if isinstance(cb, MixedPrecision)), None)
     return nullcontext() if cb is None else torch.autocast('cuda', dtype=torch.bfloat16 if cb.amp_mode == AMPMode.BF16 else torch.float16)
 
-# %% ../nbs/04_precise.ipynb #e3d6a03e
+# %% ../nbs/04_precise.ipynb #9cfe4106
 @patch
 def precise_bn(self:Learner,
     n:int=10_000,        # At least this many samples, or all there are
@@ -290,7 +290,8 @@ def precise_bn(self:Learner,
 ) -> pd.DataFrame:       # A row per BN layer: name, channels, samples, values per channel; how its statistics were off before; batch noise
     """Set the running statistics of the learner's BN layers to the population statistics of their inputs, with the weights as they are.
 
-    Shows a progress bar, except within `learn.no_bar()`. Callbacks do not run. The function `precise_bn` tells what is put back."""
+    Shows a progress bar, except within `learn.no_bar()`. Callbacks do not run, but `AccumulateGradBN(micro_bs=...)` has batches computed in lock step
+    here, too. The function `precise_bn` tells what is put back."""
     layers,seen = self._measured(n, dl, bn_bs, frozen, budget, progress=hasattr(self, 'progress'))
     res = _table(layers, seen)  # of the statistics before
     _write(layers, seen)

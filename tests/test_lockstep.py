@@ -54,17 +54,14 @@ def buffers(m): return torch.cat([b.double().flatten() for b in m.buffers()] or 
 def compare(make, x, micro_bs, loss=weigh, tol=1e-12, prepare=lambda m: m.train()):
     a,b = make(),make()
     prepare(a); prepare(b)
-    state = snapshot(b)
     ref,out = run(a, list(a.parameters()), x, loss),run(MicroBatched(b, micro_bs), list(b.parameters()), x, loss)
     for name,p,q in zip(('prediction','input','parameters'), out, ref): assert error(p, q) <= tol, (name, error(p, q))
     assert error(buffers(b), buffers(a)) <= tol
     assert_untouched(b)
-    return state,a,b
+    return a,b
 
 def assert_untouched(m):
-    for o in m.modules():
-        assert 'forward' not in o.__dict__
-        assert all('_LockStep' not in repr(v) for v in o.__dict__.values())
+    assert not any('forward' in o.__dict__ for o in m.modules())
 
 def seeded(f):
     def make(): torch.manual_seed(0); return f().double()
@@ -81,8 +78,7 @@ NETS = dict(resnet18=(seeded(lambda: resnet18(num_classes=10)), (3,32,32)), resn
 def test_the_large_batch_to_rounding(name, micro_bs):
     make,size = NETS[name]
     x = tilted(16, size=size[1:], seed=2)
-    tol = 5e-12 if name in ('resnet50','efficientnet') else 1e-12
-    _,a,b = compare(make, x, micro_bs, tol=tol)
+    a,b = compare(make, x, micro_bs)
     assert error(a(x[:8]), a(x)[:8]) > 1e-3  # a micro-batch by itself is something else
 
 def smooth():
@@ -157,7 +153,7 @@ def test_kinds_of_layers(kind, micro_bs): compare(layer(LAYERS[kind]), tilted(8)
 
 @pytest.mark.parametrize('micro_bs', [1, 3])
 def test_used_twice_and_branches(micro_bs):
-    _,a,b = compare(seeded(Twice), tilted(8), micro_bs)
+    a,b = compare(seeded(Twice), tilted(8), micro_bs)
     assert b.bn.num_batches_tracked == b.c.num_batches_tracked == 2
 
 @pytest.mark.parametrize('size', [(), (7,)])
@@ -480,7 +476,7 @@ class Remembers(nn.Module):
         return y+self.acts['conv']+self.also[-1]*2+self.nested['outs'][0]*3+self.body[1].out*5
 
 def test_activations_kept_in_python():
-    _,a,b = compare(Remembers, tilted(8), 3)
+    a,b = compare(Remembers, tilted(8), 3)
     ids = {k:id(getattr(b, k)) for k in ('acts','stack','nested')}
     before = vars(b)
     MicroBatched(b, 3)(tilted(8))
@@ -574,7 +570,6 @@ def test_different_paths_are_named(kind, text, flip):
     x = torch.ones(6,3,2,2, dtype=F64)
     x[:2] = -1
     m = Paths(kind).train()
-    state = snapshot(m)
     with pytest.raises(RuntimeError, match=text) as e: MicroBatched(m, 2)(-x if flip else x)
     assert 'different paths' in str(e.value)
     assert_untouched(m)
@@ -582,7 +577,7 @@ def test_different_paths_are_named(kind, text, flip):
     MicroBatched(m, 2)(x.abs())  # goes on
 
 class Fails(nn.Module):
-    def __init__(self, at, error): super().__init__(); self.m,self.at,self.error,self.calls,self.closed = conv_net(),at,error,0,[]
+    def __init__(self, at, error): super().__init__(); self.m,self.at,self.error = conv_net(),at,error
     def forward(self, x):
         try:
             x = self.m[:2](x)
