@@ -1,13 +1,14 @@
-# `make demo` and `make test` set up .venv where it is missing; a second call finds it and does not install again.
+# Each target sets up .venv where it is missing; a second call finds it and does not install again.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+DOCS   := $(VENV)/.docs
 ARGS   ?=
 export PATH := $(abspath $(BIN)):$(PATH)
 export MPLBACKEND ?= agg
 
-.PHONY: demo test pytest notebooks outputs sync check setup clean
+.PHONY: demo test pytest notebooks outputs sync check docs docs-serve test-docs setup clean
 demo: $(READY)
 	$(BIN)/python -m fastai_bn.demo $(ARGS)
 
@@ -28,6 +29,15 @@ sync: $(READY)          # notebooks -> modules, README.md; notebooks cleaned
 check: $(READY)         # the same, but only says whether anything would change
 	$(BIN)/python tools/sync.py --check
 
+docs: $(DOCS)           # the site, into _docs/ (needs npm, for KaTeX)
+	$(BIN)/python tools/docs.py
+
+docs-serve: $(DOCS)     # the same, and a server on http://localhost:8000
+	$(BIN)/python tools/docs.py serve
+
+test-docs: docs         # every page in Chromium: CHROMIUM=path, or the one on the PATH
+	$(BIN)/python -m pytest -n 2 tests/browser.py $(ARGS)
+
 setup: $(READY)
 $(READY): settings.ini setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,5 +45,9 @@ $(READY): settings.ini setup.py pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
 	touch $@
 
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[doc]'
+	touch $@
+
 clean:
-	rm -rf _proc build dist *.egg-info
+	rm -rf _proc _docs _docs_src build dist *.egg-info

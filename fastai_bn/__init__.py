@@ -1,1 +1,30 @@
+"""Gradient accumulation makes 2 x 16 look like 32 to the optimizer, but not to BatchNorm (BN): it still normalises with 2 samples, and the running
+statistics, which inference uses, follow. `fastai_bn` gives a [fastai](https://docs.fast.ai) user the repairs in one line each:
+
+```python
+# one optimizer step, and one update of the running statistics, for 16 micro-batches
+learn = Learner(dls, model, cbs=AccumulateGradBN(n_step=16))
+# BN over all 16: the large batch itself, in 6 GiB of activations
+learn = Learner(dls, model, cbs=AccumulateGradBN(n_step=16, bn_bs='window', budget='6GiB'))
+# population statistics instead of a moving average
+learn.precise_bn()
+```
+
+With `bn_bs='window'` training *is* the training of the large batch, bit for bit; what it takes in device memory is up to you, as
+a pager has activations wait in host memory. No micro-batch statistics, no approximation, no change to the model.
+
+Modules:
+
+- `fastai_bn.accumulate`: `AccumulateGradBN`: one optimizer step for several micro-batches, with BatchNorm over as many samples as you say
+- `fastai_bn.all`: `from fastai_bn.all import *`
+- `fastai_bn.demo`: `python -m fastai_bn.demo`: the main job end to end, in minutes on two cores
+- `fastai_bn.groupnorm`: `bn_to_gn`: GroupNorm in place of BatchNorm, in any model; `weight_standardize` to go with it
+- `fastai_bn.hpa`: The Kaggle layout of 4-channel fluorescence images with 28 labels: a loader, and a generator for when you have no data at hand
+- `fastai_bn.lockstep`: `MicroBatched`: one large batch computed in micro-batches that meet at every BatchNorm layer
+- `fastai_bn.moments`: Count, mean and M2 of what flows through BatchNorm, captured by the native kernels
+- `fastai_bn.normalize`: `image_normalize`: every image, or every channel of it, by its own statistics; `ImageNormalize`: the same as a batch transform, invertible
+- `fastai_bn.paging`: `ActivationPager`: forward and backward of any model within a fixed amount of device memory, bit for bit the same
+- `fastai_bn.precise`: `precise_bn`: the population statistics of the final weights, instead of a moving average over a changing model
+- `fastai_bn.unet`: `gn_unet_learner`: fastai's `unet_learner` with GroupNorm everywhere, in the decoder alone, or with no norm outside the encoder"""
+
 __version__ = "0.1.0"

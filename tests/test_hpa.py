@@ -146,6 +146,23 @@ def test_show_batch_has_a_line_per_label(made):
     assert rgb.shape[-1] == 3 and rgb[...,0].max() == 0 and rgb[...,1].max() > 0  # green and blue only
     plt.close('all')
 
+def test_composite_colours_and_channels():
+    x = TensorHPA(torch.rand(4,8,8), channels='ybgr')
+    rgb = x.composite()
+    assert rgb.shape == (8,8,3) and 0 <= rgb.min() and rgb.max() <= 1
+    np.testing.assert_array_equal(rgb, TensorHPA(torch.Tensor(x).flip(0), channels='rgby').composite())  # its own channels, not the first four
+    np.testing.assert_array_equal(rgb, TensorHPA(torch.Tensor(x)).composite('ybgr'))
+    y = TensorHPA(torch.rand(3,8,8))
+    np.testing.assert_array_equal(y.composite(), y.composite('rgb'))
+    assert not TensorHPA(torch.rand(1,8,8)).composite('y')[...,2].any()
+
+@pytest.mark.parametrize('shape,channels', [((4,8,8),'rgbx'), ((4,8,8),'RGBY'), ((3,8,8),'rgby'), ((4,8,8),''), ((5,8,8),None), ((2,4,8,8),None), ((4,8),'rgby')])
+def test_composite_of_what_is_no_image_or_no_channels(shape, channels):
+    with pytest.raises(ValueError, match='a letter of .rgby. for each channel'): TensorHPA(torch.rand(shape)).composite(channels)
+
+def test_show_says_the_same():
+    with pytest.raises(ValueError, match=r"channels='rgby' of a tensor of shape \[3, 8, 8\]"): TensorHPA(torch.rand(4,8,8), channels='rgby')[:3].show()
+
 def test_training_augmentation_export_predict(made, tmp_path):
     dls = HPADataLoaders.from_folder(made, size=32, bs=8, batch_tfms=aug_transforms(size=32))
     learn = vision_learner(dls, resnet18, n_in=4, pretrained=False, normalize=False)
@@ -205,6 +222,13 @@ def test_channels_of_different_sizes(small):
 @pytest.mark.parametrize('channels', ['', 'rgbx', 'rr', 'RGB'])
 def test_bad_channels(small, channels):
     with pytest.raises(ValueError, match='channels='): HPADataLoaders.from_folder(small, channels=channels)
+    with pytest.raises(ValueError, match='channels='): LoadHPA(small/'train', channels=channels)
+
+def test_a_size_that_is_none(small):
+    with pytest.raises(ValueError, match='size=0'): LoadHPA(small/'train', 0)
+
+def test_a_file_that_is_gone(small):
+    with pytest.raises(ValueError, match='nobody_red.png cannot be read as an image'): LoadHPA(small/'train').encodes('nobody')
 
 @pytest.mark.parametrize('valid_pct', [0, 1, -.1, 2])
 def test_bad_valid_pct(small, valid_pct):

@@ -320,3 +320,11 @@ def test_training_does_not_slow_down_by_types():
     m[1].register_forward_pre_hook(lambda m,a: seen.append(type(a[0])))
     m(ImageNormalize()(TensorImage(torch.rand(2,3,8,8))))
     assert seen == [TensorImage]
+
+def test_a_field_of_view_masks_every_batch():
+    x,view = TensorImage(torch.rand(3,2,8,8)),torch.ones(8,8, dtype=torch.bool)
+    view[:,4:] = False
+    x[...,4:] += 100
+    y = ImageNormalize(mask=view)(x)
+    torch.testing.assert_close(y[...,:4].as_subclass(torch.Tensor), image_normalize(x[...,:4]).as_subclass(torch.Tensor), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match='it does not broadcast'): ImageNormalize(mask=view)(TensorImage(torch.rand(3,2,8,9)))

@@ -3,7 +3,7 @@ import ast, dataclasses, importlib, inspect, json, re, subprocess, sys, tarfile,
 from configparser import ConfigParser
 from pathlib import Path
 
-import pytest
+import pytest, yaml
 from fastai.basics import Learner
 from fastcore.docments import docments
 import fastai_bn
@@ -75,25 +75,40 @@ def test_notebooks(f):
         if '#| export' in s: assert len(s.splitlines()) <= 40, s[:80]
     text = json.dumps([c.get('outputs', []) for c in code] + [c['source'] for c in nb['cells']])
     assert not re.search(r'/(home|root|work|Users)/', text), 'a path of somebody\'s machine'
-    first = ''.join(nb['cells'][0]['source'])
-    assert first.startswith('# ') and '\n> ' in first
+    assert re.fullmatch(r'# .+\n\n> .+\n?', ''.join(nb['cells'][0]['source'])), 'nbdev takes title and subtitle from the first cell, and drops what follows there'
 
 def test_examples_have_outputs():
     "A notebook that shows something has stored outputs"
-    for n in ('00_moments','01_accumulate','02_paging','03_lockstep','04_precise','05_groupnorm','06_unet','07_normalize','08_hpa','09_demo','index'):
-        nb = json.loads((root/'nbs'/f'{n}.ipynb').read_text(encoding='utf-8'))
-        assert sum(bool(c.get('outputs')) for c in nb['cells']) >= 1, n
+    for f in notebooks:
+        code = [c for c in json.loads(f.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code' and not re.match(r'#\| (export|hide|default_exp)', ''.join(c['source']))]
+        assert not code or any(c.get('outputs') for c in code), f.stem
+
+def test_modules_and_package_say_what_they_are():
+    "Module docstrings and llms.txt, which nbdev makes of the cells that are marked for it"
+    llms = (root/'nbs/llms.txt').read_text(encoding='utf-8')
+    for m in MODULES:
+        doc = importlib.import_module(f'fastai_bn.{m}').__doc__
+        assert doc.count('\n\n') >= 2 and doc.rstrip().endswith(f'{m}.html.md') and '.ipynb' not in doc and ':::' not in doc, m
+        assert f'[fastai_bn.{m}](' in llms and f'`fastai_bn.{m}`' in fastai_bn.__doc__
+
+sys.path.insert(0, str(root/'tools'))
 
 def test_readme_is_what_the_index_gives():
-    sys.path.insert(0, str(root/'tools'))
     import readme
     assert (root/'README.md').read_text(encoding='utf-8') == readme.readme()
 
-def test_readme_converter():
-    sys.path.insert(0, str(root/'tools'))
-    import readme
-    md = lambda s: dict(cell_type='markdown', source=[s])
-    code = lambda s,out=(): dict(cell_type='code', source=[s], outputs=list(out))
-    out = dict(output_type='stream', name='stdout', text=['3\n'])
-    nb = dict(cells=[md('# T\n\n::: {.callout-tip}\n## Hi\n\nthere\n:::\n\nsee [x](01_accumulate.ipynb#a)'), code('#| hide\n1'), code('#| export\n2'), code('#| echo: true\nprint(3)', [out])])
-    assert readme.convert(nb) == f'# T\n\n> [!TIP]\n> **Hi**\n>\n> there\n\nsee [x]({readme.doc_url()}/accumulate.html#a)\n\n```python\nprint(3)\n```\n\n```\n3\n```\n'
+def config(name): return yaml.safe_load((root/name).read_text(encoding='utf-8'))
+
+def test_every_notebook_is_in_the_navigation():
+    from nb2md import page
+    def entries(o): return [o] if isinstance(o, str) else [e for p in (o.values() if isinstance(o, dict) else o) for e in entries(p)]
+    want = {f.relative_to(root/'nbs').with_name(f'{page(f.stem)}.md').as_posix() for f in notebooks} | {'changelog.md','contributing.md'}
+    nav = entries(config('mkdocs.yml')['nav'])
+    assert set(nav) == want and len(nav) == len(want)
+
+def test_versions_agree():
+    ini = ConfigParser(delimiters=['='], interpolation=None); ini.read(root/'settings.ini')
+    nbdev = next(o for o in ini['DEFAULT']['dev_requirements'].split() if o.startswith('nbdev=='))
+    assert all(h['additional_dependencies'] == [nbdev] for h in config('.pre-commit-config.yaml')['repos'][0]['hooks'])
+    assert config('.github/workflows/test.yml')['jobs']['test']['strategy']['matrix']['python'][0] == ini['DEFAULT']['min_python']
+    assert config('CITATION.cff')['version'] == fastai_bn.__version__

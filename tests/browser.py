@@ -1,0 +1,128 @@
+"""The built site in a real browser: `make test-docs`. Needs `_docs/` and Debian's chromium, or one that CHROMIUM names
+
+Every page at desktop and phone width, light and dark: errors, missing and outside requests, leftover markup, formulas, pictures, doubled ids, sideways scroll, dead links.
+SHOTS=FOLDER stores a picture of each."""
+import functools, http.server, os, re, shutil, threading
+from pathlib import Path
+from urllib.parse import urldefrag, urljoin
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+site = Path(__file__).resolve().parent.parent/'_docs'
+pages = sorted(f.relative_to(site).as_posix() for f in site.rglob('*.html') if f.name != '404.html')
+views = [(scheme,width) for width in (1300,390) for scheme in ('light','dark')]
+flags = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+@pytest.fixture(scope='session')
+def base():
+    srv = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=site))
+    threading.Thread(target=srv.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{srv.server_port}/'
+    srv.shutdown()
+
+@pytest.fixture(scope='session')
+def browser():
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=os.environ.get('CHROMIUM') or shutil.which('chromium'), args=flags)
+        yield b
+        b.close()
+
+@pytest.fixture
+def tab(request, browser, base):
+    "A new page; what it says and asks for is noted, and has to be in order at the end"
+    scheme,width = getattr(request, 'param', views[0])
+    context,bad = browser.new_context(color_scheme=scheme, viewport=dict(width=width, height=900)),[]
+    pg = context.new_page()
+    pg.on('console', lambda m: bad.append(m.text) if m.type in ('error','warning') else None)
+    pg.on('pageerror', lambda e: bad.append(str(e)))
+    pg.on('requestfailed', lambda r: bad.append(f'failed: {r.url}'))
+    pg.on('response', lambda r: bad.append(f'{r.status} {r.url}') if r.status >= 400 else None)
+    pg.on('request', lambda r: bad.append(f'outside: {r.url}') if not r.url.startswith((base,'data:','blob:')) else None)
+    yield pg
+    context.close()
+    assert not bad
+
+def prose(pg) -> str:
+    "The text of the page that is no code"
+    return pg.evaluate("""() => { const a = document.querySelector('article').cloneNode(true)
+        for (const o of a.querySelectorAll('pre, code, .katex, script, style')) o.remove()
+        return a.textContent }""")
+
+MARKUP = [r':::', r'#\|', r'\{[#.:]', r'\]\(', r'\[\[', r'(?<!\w)\*\*', r'\$\$', r'\\\(', r'^\s*\|', r'\.ipynb', r'@(?:fig|eq)-', r'<[a-z]+[ >]', r'^!!!|^\?\?\?']
+
+@pytest.mark.parametrize('tab', views, indirect=True, ids=lambda v: f'{v[0]}-{v[1]}')
+@pytest.mark.parametrize('rel', pages)
+def test_page(rel, tab, base, request):
+    tab.goto(base+rel, wait_until='networkidle')
+    assert tab.locator('article h1').count() == 1
+    left = {m:found for m in MARKUP if (found := re.findall(f'.*(?:{m}).*', prose(tab), flags=re.M))}
+    assert not left
+    assert not tab.locator('.arithmatex:not(:has(.katex))').count() and not tab.locator('.katex-error').count(), 'formulas'
+    assert tab.evaluate('Array.from(document.images).filter(o => !(o.complete && o.naturalWidth)).map(o => o.src)') == []
+    assert tab.evaluate('Array.from(document.images).filter(o => !o.alt).map(o => o.src)') == []
+    ids = tab.evaluate("Array.from(document.querySelectorAll('article [id]')).map(o => o.id)")
+    assert sorted(set(ids)) == sorted(ids), 'an id twice'
+    assert tab.evaluate('document.documentElement.scrollWidth') <= tab.viewport_size['width'], 'scrolls sideways'
+    assert tab.evaluate("Array.from(document.querySelectorAll('article img')).every(o => o.getBoundingClientRect().right <= innerWidth)")
+    if shots := os.environ.get('SHOTS'):
+        Path(shots).mkdir(exist_ok=True)
+        tab.screenshot(path=f'{shots}/{rel.replace("/", "_")}-{request.node.callspec.id}.png', full_page=True)
+
+@pytest.mark.parametrize('tab', views[:2], indirect=True, ids=['light','dark'])
+def test_dark_is_dark(tab, base, request):
+    tab.goto(base, wait_until='networkidle')
+    light = sum(tab.evaluate("getComputedStyle(document.body).backgroundColor.match(/[\\d.]+/g).slice(0,3).map(Number)"))
+    assert light < 150 if 'dark' in request.node.callspec.id else light > 700
+
+def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere(tab, base):
+    here,ids = {},{}
+    for rel in pages:
+        tab.goto(base+rel, wait_until='networkidle')
+        here[rel] = tab.evaluate("Array.from(document.querySelectorAll('a[href]')).map(o => o.getAttribute('href'))")
+        ids[rel] = set(tab.evaluate("Array.from(document.querySelectorAll('[id]')).map(o => o.id)"))
+    tab.goto(base, wait_until='networkidle')
+    nav = tab.evaluate("Array.from(document.querySelectorAll('nav a[href]')).map(o => o.href.split('#')[0])")
+    assert set(pages) <= {o.removeprefix(base) or 'index.html' for o in nav}, 'a page that no entry leads to'
+    dead = []
+    for rel,links in here.items():
+        for link in links:
+            url,anchor = urldefrag(urljoin(base+rel, link))
+            if not url.startswith(base): continue
+            to = url.removeprefix(base) or 'index.html'
+            if to.endswith('.html') and (to not in ids or anchor and anchor not in ids[to]): dead.append((rel, link))
+    assert not dead
+
+@pytest.mark.parametrize('words,page', [('AccumulateGradBN','accumulate.html'), ('precise_bn','precise.html'), ('bn_to_gn','groupnorm.html')])
+@pytest.mark.parametrize('tab', [('light',1300), ('light',390)], indirect=True, ids=['desktop','phone'])
+def test_search(words, page, tab, base):
+    tab.goto(base, wait_until='networkidle')
+    tab.keyboard.press('Control+k')
+    tab.wait_for_timeout(300)
+    tab.keyboard.type(words, delay=20)
+    hit = tab.locator('a[role="option"]').first
+    hit.wait_for(timeout=5000)
+    assert page in hit.get_attribute('href'), 'the first hit'
+    hit.click()
+    tab.wait_for_url(f'**/{page}*', timeout=5000)
+
+def test_without_javascript_the_text_is_there(browser, base):
+    context = browser.new_context(java_script_enabled=False)
+    pg = context.new_page()
+    pg.goto(base+'accumulate.html')
+    assert pg.locator('#accumulategradbn').count() == 1 and 'n_step' in pg.locator('article').inner_text()
+    context.close()
+
+@pytest.mark.parametrize('f', ['llms.txt','accumulate.html.md','benchmarks/index.html.md'])
+def test_what_machines_read(f): assert (site/f).read_text(encoding='utf-8').startswith('# ')
+
+def test_a_phone_can_open_the_menu(browser, base):
+    context = browser.new_context(viewport=dict(width=390, height=800), has_touch=True)
+    pg = context.new_page()
+    pg.goto(base, wait_until='networkidle')
+    pg.locator('label[for="__drawer"]:visible').first.click()
+    pg.get_by_text('Benchmarks', exact=True).locator('visible=true').first.wait_for(timeout=3000)
+    context.close()
