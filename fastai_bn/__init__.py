@@ -10,7 +10,7 @@ learn = Learner(dls, model, cbs=AccumulateGradBN(n_step=16, bn_bs='window', budg
 learn.precise_bn()
 ```
 
-With `bn_bs='window'` training *is* the training of the large batch, bit for bit; what it takes in device memory is up to you, as
+With `bn_bs='window'` training *is* the training of the large batch, bit for bit where kernels are deterministic, as on a CPU; what it takes in device memory is up to you, as
 a pager has activations wait in host memory. No micro-batch statistics, no approximation, no change to the model.
 
 Modules:

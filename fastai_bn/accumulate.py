@@ -63,7 +63,7 @@ def loss_denominator(
     keep = y != opt('ignore_index', -100)
     return (keep.sum() if w is None else w.to(y.device)[y[keep]].sum()).item()
 
-# %% ../nbs/01_accumulate.ipynb #411aad4d
+# %% ../nbs/01_accumulate.ipynb #01b15de9
 class AccumulateGradBN(Callback):
     """Make one optimizer step per `n_step` micro-batches, with BatchNorm over `bn_bs` samples, in a `budget` of device memory, in lock step for `micro_bs`.
 
@@ -71,7 +71,7 @@ class AccumulateGradBN(Callback):
 
     `ValueError`: arguments out of range; in `fit`, where windows cannot be made of the DataLoader (it is empty, `bn_bs` does not divide `n_step*bs`, with
     `last='drop'` no window is ever full), items that cannot be joined, `GradientAccumulation` beside it, a negative `weight`; one value per channel at `bn_bs=None`.
-    `DataParallel` is refused. Those of `ActivationPager` and `MicroBatched` with `budget` and `micro_bs`."""
+    `DataParallel` is refused. With `budget` and `micro_bs` also the errors of `ActivationPager` and `MicroBatched`."""
     order,run_valid = MixedPrecision.order-4,False
     _stateattrs = '_window','_micro','_layers','_batches'  # what `learn.export` leaves out: the epoch under way
     _window = _micro = _batches = None
@@ -308,7 +308,7 @@ def _all_batches(cb:AccumulateGradBN, learn:Learner):
         cb._close()
         raise
 
-# %% ../nbs/01_accumulate.ipynb #792d10e7
+# %% ../nbs/01_accumulate.ipynb #e439f3c0
 def _one_batch(cb:AccumulateGradBN, learn:Learner):
     "`Learner._do_one_batch` with forward and backward inside BN captures, and both inside the pager's block"
     do = type(learn)._do_one_batch
@@ -321,7 +321,10 @@ def _one_batch(cb:AccumulateGradBN, learn:Learner):
 def _forward(cb:AccumulateGradBN, model:nn.Module, unpatch:ExitStack, *args, **kwargs):
     "The BN batch's own forward pass, and only that: any other forward pass meets the model as it is"
     unpatch.close()
-    if cb.pager is not None: cb._micro.paging.enter_context(cb.pager); cb.pager.pin(args, kwargs, cb.xb, cb.yb)
+    if cb.pager is not None:
+        cb._micro.paging.enter_context(cb.pager)
+        cb.pager.pin(args, kwargs, cb.xb, cb.yb)
+        cb.pager._block.note_module(model, args)  # its own call came before the block
     with (hold_updates if cb._per_step == 1 else capture_moments)(cb._layers) as cb._micro.seen, _cut_up(get_model(model), cb.micro_bs): pred = model.forward(*args, **kwargs)
     if cb.pager is not None: cb.pager.pin(pred)
     return pred

@@ -1,6 +1,6 @@
 """`from fastai_bn.all import *`
 
-Everything that a user of the package needs, beside `from fastai.vision.all import *`. Every name has a page of its own.
+Everything that a user of the package needs, beside `from fastai.vision.all import *`. Every module has a page of its own.
 
 Docs: https://fastai-bn.github.io/fastai_bn/all.html.md"""
 

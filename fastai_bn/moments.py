@@ -137,13 +137,13 @@ class _Scratch:
         n = n.repeat_interleave(torch.tensor(_widths(self.channels), device=device), output_size=len(mean))
         return BNMoments(self.channels, {k:o for k,o in self.counts.items() if o}, Moments(n, mean, var*(n-1).clamp_(min=0)))
 
-# %% ../nbs/00_moments.ipynb #e744ed80
+# %% ../nbs/00_moments.ipynb #01d1f4d6
 def _one_value(name:str, m:nn.Module, x:Tensor) -> ValueError:
     "What to do when BN layer `m` gets one value per channel"
     return ValueError(f"BatchNorm cannot normalise one value per channel: layer '{name}' ({type(m).__name__}, {m.num_features} "
         f"channels) got an input of shape {list(x.shape)} in training mode. Use a batch of at least 2 samples there (bs=2; for the last batch "
         "drop_last=True, or last='drop' in AccumulateGradBN), or normalise more samples together (bn_bs='window' in AccumulateGradBN, bn_bs=32 in "
-        "precise_bn), or freeze this layer (BnFreeze, or layer.eval() before each epoch), or replace it by a norm of single samples (GroupNorm, LayerNorm).")
+        "precise_bn), or freeze this layer (train_bn=False and BnFreeze(), or layer.eval() before each epoch), or replace it by a norm of single samples (GroupNorm, LayerNorm).")
 
 # %% ../nbs/00_moments.ipynb #7570b77b
 class BNCapture:

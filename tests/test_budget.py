@@ -160,3 +160,12 @@ def test_validation_runs_outside_the_budget():
 @pytest.mark.parametrize('budget', [0, -1, 1., 2.5, True, 'lots', '6', [1]])
 def test_bad_budget(budget):
     with pytest.raises(ValueError, match='budget='): AccumulateGradBN(4, budget=budget)
+
+@pytest.mark.parametrize('in_place', [False,True])
+def test_a_compiled_model_says_that_it_runs_uncompiled(in_place):
+    torch._dynamo.reset()
+    model = head_net(p=0.).double()
+    if in_place: model.compile(backend='aot_eager')
+    else: model = torch.compile(model, backend='aot_eager')
+    learn = get_learner(get_dls(tilted(16), labels(16), 4), model, AccumulateGradBN(2, bn_bs='window', budget=2**30))
+    with pytest.warns(UserWarning, match='runs uncompiled'): do_fit(learn, 1)

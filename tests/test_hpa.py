@@ -185,7 +185,7 @@ def test_bad_csv(small, text, match):
 
 @pytest.mark.parametrize('i', ['../secret', 'a/b', 'a\\b', '..', '/etc/passwd', '', '.hidden', 'a b', 'C:x', 'x\x00'])
 def test_an_id_with_a_path_in_it(small, i):
-    rewrite(small, Id=['ok', i], Target=['1','2'])
+    (small/'train.csv').write_text(f'Id,Target\nok,1\n{i},2\n')
     with pytest.raises(ValueError, match='Id'): _read_csv(small)
 
 @pytest.mark.parametrize('target,bad', [('28','28'), ('0 -1','-1'), ('1 x','x'), ('1.0','1.0'), ('1,2','1,2'), ('٣','٣'), ('9'*50,'9'*50)])

@@ -11,7 +11,7 @@ import fastai_bn.all
 
 root = Path(__file__).resolve().parent.parent
 MODULES = ['moments','accumulate','paging','lockstep','precise','groupnorm','unet','normalize','hpa','demo']
-public = [(m,n) for m in MODULES for n in importlib.import_module(f'fastai_bn.{m}').__all__] + [('precise','Learner.precise_bn')]
+public = [(m,n) for m in MODULES for n in importlib.import_module(f'fastai_bn.{m}').__all__] + [('precise','Learner.precise_bn'), ('precise','Learner.bn_report')]
 
 def test_all_exports_the_api():
     for n in 'AccumulateGradBN ActivationPager MicroBatched precise_bn Moments bn_layers bn_to_gn weight_standardize gn_unet_learner image_normalize ImageNormalize HPADataLoaders make_hpa HPA_LABELS'.split(): assert hasattr(fastai_bn.all, n) and n in fastai_bn.all.__all__
@@ -19,7 +19,7 @@ def test_all_exports_the_api():
 
 @pytest.mark.parametrize('module,name', public)
 def test_public_names_are_documented(module, name):
-    o = Learner.precise_bn if '.' in name else getattr(importlib.import_module(f'fastai_bn.{module}'), name)
+    o = getattr(Learner, name.partition('.')[2]) if '.' in name else getattr(importlib.import_module(f'fastai_bn.{module}'), name)
     if not callable(o): return
     assert o.__doc__ and o.__doc__.strip(), f'{name} has no docstring'
     if inspect.isclass(o) and '__init__' not in vars(o): return  # its arguments are its parent's
@@ -110,5 +110,5 @@ def test_versions_agree():
     ini = ConfigParser(delimiters=['='], interpolation=None); ini.read(root/'settings.ini')
     nbdev = next(o for o in ini['DEFAULT']['dev_requirements'].split() if o.startswith('nbdev=='))
     assert all(h['additional_dependencies'] == [nbdev] for h in config('.pre-commit-config.yaml')['repos'][0]['hooks'])
-    assert config('.github/workflows/test.yml')['jobs']['test']['strategy']['matrix']['python'][0] == ini['DEFAULT']['min_python']
+    assert config('.github/workflows/ci.yml')['jobs']['test']['strategy']['matrix']['python'][0] == ini['DEFAULT']['min_python']
     assert config('CITATION.cff')['version'] == fastai_bn.__version__

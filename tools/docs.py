@@ -8,9 +8,10 @@
 2. `nb2md` turns them into Markdown in `_docs_src/`, with CHANGELOG.md and CONTRIBUTING.md beside them.
 3. Zensical builds `_docs/` from mkdocs.yml. KaTeX comes from the npm registry once and is served by the site itself.
 4. Each page's Markdown and llms.txt lie beside it, for readers that are no people."""
-import functools, http.server, inspect, itertools, json, os, re, shutil, subprocess, sys
+import functools, http.server, inspect, itertools, json, os, re, shutil, subprocess, sys, tempfile
+from pathlib import Path
 
-import nbdev.processors, nbdev.serve, nbdev.showdoc
+import nbdev.processors, nbdev.serve, nbdev.showdoc, yaml
 from fastcore.basics import listify
 from fastai.callback.core import event
 from fastcore.docments import DocmentTbl, docments
@@ -77,6 +78,8 @@ def private(name:str) -> bool:
     "Is the name, or the class it is in, private, or is it an event of a callback, which the training loop calls?"
     return re.search(r'(^|\.)_(?!_)', name) is not None or '.' in name and hasattr(event, name.rpartition('.')[2])
 
+def modules(nb) -> list: return [c.directives_['default_exp'] for c in nb.cells if 'default_exp' in getattr(c, 'directives_', {})]
+
 class public_docs(nbdev.processors.add_show_docs):
     "As nbdev's, but in the order of the code, and of private classes no method is shown either, and of callbacks no event"
     def begin(self):
@@ -90,7 +93,7 @@ def fold_private(cell):
     if cell.cell_type == 'code' and 'export' in cell.directives_ and 'hide' not in cell.directives_:
         names = [n for o in cell.parsed_() if isinstance(o, nbdev.processors._def_types) for n in listify(nbdev.showdoc.showdoc_nm(o))]
         if names and all(map(private, names)):
-            cell.source = f'#| code-fold: true\n#| code-summary: {", ".join(names)}\n' + re.sub(r'^#\|.*\n', '', cell.source, flags=re.M)
+            cell.source = f'#| code-fold: true\n#| code-summary: Source of {", ".join(names)}\n' + re.sub(r'^#\|.*\n', '', cell.source, flags=re.M)
             return
     nbdev.processors.rm_export(cell)
 
@@ -98,16 +101,23 @@ class imported_docs(nbdev.processors.exec_show_docs):
     "As nbdev's, but `show_doc` finds its names in the module, so that no cell of a notebook has to run"
     def begin(self):
         super().begin()
-        for mod in [c.directives_['default_exp'] for c in self.nb.cells if 'default_exp' in getattr(c, 'directives_', {})]:
+        for mod in modules(self.nb):
             self.k.run_cell(f'import fastai_bn.{mod} as _m\nglobals().update({{k:v for k,v in vars(_m).items() if k[:2] != "__"}})')
 
     def __call__(self, cell):
         if getattr(cell, 'has_sd', False): super().__call__(cell)
 
+class say_imports(nbdev.process.Processor):
+    "What the examples of a module's page need, behind its overview"
+    def begin(self):
+        at = next((i for i,c in enumerate(self.nb.cells) if c.cell_type == 'code'), 0)
+        self.nb.cells[at:at] = [nbdev.processors.mk_cell(f'```python\nfrom fastai.vision.all import *\nfrom fastcore.test import *\nfrom fastai_bn.{m} import *\n```', 'markdown')
+                                for m in modules(self.nb) if m != 'all']
+
 class Pages(nbdev.serve.FilterDefaults):
-    "nbdev's processing, with ours in three places"
+    "nbdev's processing, with ours in front and in three places"
     ours = dict(add_show_docs=public_docs, exec_show_docs=imported_docs, rm_export=fold_private)
-    def base_procs(self): return [self.ours.get(o.__name__, o) for o in super().base_procs()]
+    def base_procs(self): return [say_imports, *(self.ours.get(o.__name__, o) for o in super().base_procs())]
 
 def process():
     "nbdev's processing of all notebooks into `_proc/`. (`nbdev-proc-nbs` would want to install Quarto.)"
@@ -120,8 +130,8 @@ def linked(md:str, rel:str, ids:set) -> str:
     def local(m): return f'[{m[1]}]({os.path.relpath(m[2], os.path.dirname(rel) or ".")}.md#{m[3]})' if (m[2],m[3]) in ids else m[1]
     return outside_code(lambda o: re.sub(rf'\[(`[^`]+`)\]\({re.escape(doc_url())}/([\w/.-]+)\.html#([^)]+)\)', local, o), md)
 
-def pages():
-    "`_docs_src/` from `_proc/` and what lies in the repository's root"
+def pages() -> dict:
+    "`_docs_src/` from `_proc/` and what lies in the repository's root; the Markdown by page"
     shutil.rmtree(SRC, ignore_errors=True)
     shutil.copytree(root/'docs', SRC/'assets')
     mds = {f.lower():(root/f).read_text(encoding='utf-8') for f in ('CHANGELOG.md','CONTRIBUTING.md')}
@@ -134,29 +144,53 @@ def pages():
     ids = {(rel.removesuffix('.md'),i) for rel,md in mds.items() for i in re.findall(r'^#+ .* \{ #(\S+) \.api \}$', md, flags=re.M)}
     for rel,md in mds.items():
         (SRC/rel).parent.mkdir(parents=True, exist_ok=True)
-        (SRC/rel).write_text(linked(md, rel, ids), encoding='utf-8')
+        mds[rel] = linked(md, rel, ids)
+        (SRC/rel).write_text(described(mds[rel]), encoding='utf-8')
     (SRC/'llms.txt').write_text(llms(mds), encoding='utf-8')
+    return mds
+
+SUBTITLE = re.compile(r'\A# (.*)\n\n(.*)\n\{: \.subtitle \}')
+
+def described(md:str) -> str:
+    "With the subtitle as the page's description, for search engines"
+    return f'---\n{yaml.safe_dump(dict(description=m[2].replace("`", "")), width=1000)}---\n\n{md}' if (m := SUBTITLE.match(md)) else md
+
+def plain(md:str) -> str:
+    "A page for readers that are no people: without the site's markup, and with links to its like"
+    md = SUBTITLE.sub(r'# \1\n\n> \2', md).replace('<!-- WARNING: THIS FILE WAS AUTOGENERATED! DO NOT EDIT! -->\n\n', '')
+    md = re.sub(r'^\{: \.\w+ \}\n|(?<=\S) \{ #\S+ \.api \}$|(?<=^```) \{ \.text \.output \}$', '', md, flags=re.M)
+    return outside_code(lambda o: re.sub(r'\]\((?!\w+:)([\w/.-]+)\.md(#[^)]*)?\)', r'](\1.html.md\2)', o), md)
 
 def llms(mds:dict) -> str:
-    "nbdev's llms.txt, which lists the modules, and the other pages"
-    titles = {rel:re.match('# (.*)', md)[1] for rel,md in mds.items()}
+    "nbdev's llms.txt, which lists the modules, and the pages that are of none, in the order of the navigation"
     text = (root/'nbs/llms.txt').read_text(encoding='utf-8')
-    rest = [f'- [{title}]({doc_url()}/{rel.removesuffix(".md")}.html.md)' for rel,title in titles.items() if f'/{rel.removesuffix(".md")}.html.md' not in text]
-    return text.replace('<!--', '## Pages\n\n' + '\n'.join(rest) + '\n\n<!--')
+    head,mark,tail = text.partition('\n<!-- Generated')
+    assert mark, text
+    lines = []
+    for rel in re.findall(r': (\S+)\.md$', (root/'mkdocs.yml').read_text(encoding='utf-8'), flags=re.M):
+        if (url := f'{doc_url()}/{rel}.html.md') in text: continue
+        m = SUBTITLE.match(mds[f'{rel}.md'])
+        lines.append(f'- [{m[1]}]({url}): {m[2]}' if m else f'- [{re.match("# (.*)", mds[f"{rel}.md"])[1]}]({url})')
+    return head + '\n## Pages\n\n' + '\n'.join(lines) + '\n' + mark + tail
 
 def katex():
-    "KaTeX's style, scripts and fonts, from the npm registry"
-    dist = PROC/'package'/'dist'
-    tgz = subprocess.run(['npm','pack','--silent',f'katex@{KATEX}'], cwd=PROC, text=True, capture_output=True, check=True).stdout.split()[-1]
-    shutil.unpack_archive(PROC/tgz, PROC)
+    "KaTeX's style, scripts and fonts, from the npm registry: once, then from the environment's folder"
+    dist = Path(sys.prefix)/'share'/f'katex-{KATEX}'
+    if not dist.exists():
+        with tempfile.TemporaryDirectory() as tmp:
+            tgz = subprocess.run(['npm','pack','--silent',f'katex@{KATEX}'], cwd=tmp, text=True, stdout=subprocess.PIPE, check=True).stdout.split()[-1]
+            shutil.unpack_archive(Path(tmp)/tgz, tmp)
+            shutil.copytree(Path(tmp)/'package'/'dist', dist)
     for f in [dist/'katex.min.css', dist/'katex.min.js', dist/'contrib/auto-render.min.js', *(dist/'fonts').glob('*.woff2')]:
         (o := SRC/'assets/katex'/('fonts' if f.suffix == '.woff2' else '')/f.name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(f, o)
 
 def build():
-    process(); pages(); katex()
+    process()
+    mds = pages()
+    katex()
     subprocess.run([sys.executable, '-m', 'zensical', 'build', '--clean', '--strict', '-f', 'mkdocs.yml'], cwd=root, check=True, env={**os.environ, 'NO_COLOR':'1'})
-    for f in SRC.rglob('*.md'): shutil.copy(f, SITE/f.relative_to(SRC).with_suffix('.html.md'))  # nbdev's docstrings end in such addresses
+    for rel,md in mds.items(): (SITE/rel).with_suffix('.html.md').write_text(plain(md), encoding='utf-8')  # where nbdev's docstrings lead to
 
 def serve(port:int=8000):
     print(f'http://localhost:{port}')

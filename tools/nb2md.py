@@ -9,7 +9,7 @@ import yaml
 ALERT = dict(note='NOTE', tip='TIP', warning='WARNING', important='IMPORTANT', caution='CAUTION')   # GitHub's
 ADMONITION = dict(note='note', tip='tip', warning='warning', important='info', caution='danger')    # MkDocs'
 HIDDEN = {'hide','export','exporti','default_exp'}
-FENCED = re.compile(r'(^(?:```|~~~).*?^(?:```|~~~)[ \t]*$)', re.M|re.S)
+FENCED = re.compile(r'(^(?:`{3,}|~~~).*?^(?:`{3,}|~~~)[ \t]*$)', re.M|re.S)
 
 def page(stem:str) -> str: return re.sub(r'^\d+[a-z]?_', '', stem)  # as nbdev names its pages
 
@@ -50,7 +50,10 @@ class Writer:
         for h in re.findall(r'^#+\s+(.*?)\s*(?:\{.*)?$', FENCED.sub('', s), flags=re.M): self.heading = h.replace('`', '')
         return s
 
-    def fence(self, s:str) -> str: return ('``` { .text .output }' if self.site else '```') + f'\n{s.rstrip()}\n```' if s.strip() else ''
+    def fence(self, s:str) -> str:
+        if not s.strip(): return ''
+        ticks = max(re.findall('`+', s)+['``'], key=len) + '`'
+        return ticks + ' { .text .output }'*self.site + f'\n{s.rstrip()}\n{ticks}'
 
     def output(self, o) -> str:
         if o['output_type'] == 'stream': return self.fence(text(o['text'])) if o['name'] == 'stdout' else ''
@@ -66,10 +69,11 @@ class Writer:
         return self.fence(data.get('text/plain', ''))
 
     def code(self, c):
-        src,flags = text(c['source']),{}
-        for k,v in re.findall(r'^#\|\s*([\w-]+):?[ \t]*(.*)$', src, flags=re.M): flags[k] = v.strip('"')
+        src = text(c['source'])
+        head = re.match(r'(?:#\|.*\n?)*', src)[0]
+        flags = {k:v.strip('"') for k,v in re.findall(r'^#\|\s*([\w-]+):?[ \t]*(.*)$', head, flags=re.M)}
         if HIDDEN & set(flags): return
-        src = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip()
+        src = src[len(head):].strip()
         if src and flags.get('echo') != 'false':
             block = f'```python\n{src}\n```'
             fold = self.site and flags.get('code-fold') == 'true'
@@ -83,7 +87,7 @@ class Writer:
             elif (s := text(c['source'])).startswith('---'): yield self.title(yaml.safe_load(s.strip().strip('-')))
 
     def title(self, front):
-        "A page's title and, in the style of the site, its subtitle, which search engines are given as well"
+        "A page's title and, in the style of the site, its subtitle"
         self.heading = front['title']
         return f'# {front["title"]}\n\n{front["description"]}\n{{: .subtitle }}'
 

@@ -1,13 +1,12 @@
 "README.md from nbs/index.ipynb"
-import json, tomllib
+import json, re
 from pathlib import Path
 
 from nb2md import convert
 
 root = Path(__file__).resolve().parent.parent
 
-def doc_url():
-    with open(root/'pyproject.toml', 'rb') as f: return tomllib.load(f)['project']['urls']['Documentation'].rstrip('/')
+def doc_url(): return re.search(r'^Documentation = "(.*?)/?"$', (root/'pyproject.toml').read_text(encoding='utf-8'), re.M)[1]
 
 def readme(): return convert(json.loads((root/'nbs/index.ipynb').read_text(encoding='utf-8')), site=False, doc_url=doc_url())[0]
 
