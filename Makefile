@@ -10,7 +10,7 @@ export MPLBACKEND ?= agg
 
 .PHONY: demo test pytest notebooks outputs sync check docs docs-serve test-docs setup clean
 demo: $(READY)
-	$(BIN)/python -m fastai_bn.demo $(ARGS)
+	@$(BIN)/python -W ignore::FutureWarning:torch.jit._script -m fastai_bn.demo $(ARGS)
 
 test: pytest notebooks check
 
