@@ -308,7 +308,7 @@ def _all_batches(cb:AccumulateGradBN, learn:Learner):
         cb._close()
         raise
 
-# %% ../nbs/01_accumulate.ipynb #e439f3c0
+# %% ../nbs/01_accumulate.ipynb #e32a591a
 def _one_batch(cb:AccumulateGradBN, learn:Learner):
     "`Learner._do_one_batch` with forward and backward inside BN captures, and both inside the pager's block"
     do = type(learn)._do_one_batch
@@ -324,7 +324,7 @@ def _forward(cb:AccumulateGradBN, model:nn.Module, unpatch:ExitStack, *args, **k
     if cb.pager is not None:
         cb._micro.paging.enter_context(cb.pager)
         cb.pager.pin(args, kwargs, cb.xb, cb.yb)
-        cb.pager._block.note_module(model, args)  # its own call came before the block
+        cb.pager._block.note_module(model, ())  # its own call came before the block
     with (hold_updates if cb._per_step == 1 else capture_moments)(cb._layers) as cb._micro.seen, _cut_up(get_model(model), cb.micro_bs): pred = model.forward(*args, **kwargs)
     if cb.pager is not None: cb.pager.pin(pred)
     return pred

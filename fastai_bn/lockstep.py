@@ -435,15 +435,15 @@ def _uncompiled(model:nn.Module):
     warnings.warn("A compiled model runs uncompiled in lock step", stacklevel=3)
     return torch.compiler.set_stance('force_eager')
 
-# %% ../nbs/03_lockstep.ipynb #d0aaa13d
+# %% ../nbs/03_lockstep.ipynb #ba62ba24
 class MicroBatched(nn.Module):
     """`model` with each batch computed in micro-batches of at most `micro_bs` samples, BN over all of it. The layers and parameters are those of `model`, under the same names.
 
     In training mode predictions, gradients and running statistics are those of the whole batch, to rounding (dropout draws other masks). Where no BN layer normalises by the batch,
     as in eval mode, the micro-batches are independent. What layers or hooks keep is, after the forward pass, of the last micro-batch alone. Double backward and `torch.func` transforms are not supported. Gradient: Ioffe & Szegedy, arXiv 1502.03167, section 3.
 
-    `ValueError`: a bad `micro_bs`; predictions without a row per sample; one value per channel; micro-batches that take different paths; lazy, scripted and nested models.
-    `RuntimeError`: activation checkpointing. A model that was compiled runs uncompiled, with a warning."""
+    `ValueError`: a bad `micro_bs`; predictions without a row per sample; one value per channel; lazy, scripted and nested models, and layers that do not normalise with `F.batch_norm`.
+    `RuntimeError`: micro-batches that take different paths, and activation checkpointing. A model that was compiled runs uncompiled, with a warning."""
     def __init__(self,
         model:nn.Module, # Any model that takes and returns batches, a sample per row
         micro_bs:int,    # Samples per micro-batch; the last one may be smaller

@@ -2,7 +2,7 @@
 
 Every page at desktop and phone width, light and dark: errors, missing and outside requests, leftover markup, formulas, pictures, doubled ids, sideways scroll, dead links.
 SHOTS=FOLDER stores a picture of each."""
-import functools, http.server, os, re, shutil, threading
+import functools, http.server, importlib, os, re, shutil, threading
 from pathlib import Path
 from urllib.parse import urldefrag, urljoin
 
@@ -27,8 +27,10 @@ def base():
 
 @pytest.fixture(scope='session')
 def browser():
+    path = os.environ.get('CHROMIUM') or shutil.which('chromium')
+    assert path, "no chromium: install Debian's, or set CHROMIUM"
     with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=os.environ.get('CHROMIUM') or shutil.which('chromium'), args=flags)
+        b = p.chromium.launch(executable_path=path, args=flags)
         yield b
         b.close()
 
@@ -53,7 +55,7 @@ def prose(pg) -> str:
         for (const o of a.querySelectorAll('pre, code, .katex, script, style')) o.remove()
         return a.textContent }""")
 
-MARKUP = [r':::', r'#\|', r'\{[#.:]', r'\]\(', r'\[\[', r'(?<!\w)\*\*', r'\$\$', r'\\\(', r'^\s*\|', r'\.ipynb', r'@(?:fig|eq)-', r'<[a-z]+[ >]', r'^!!!|^\?\?\?']
+MARKUP = [r':::', r'#\|', r'\{ ?[#.:]\w', r'\]\(', r'\[\[', r'(?<!\w)\*\*', r'\$\$', r'\\\(', r'^\s*\|', r'\.ipynb', r'@(?:fig|eq)-', r'<[a-z]+[ >]', r'^!!!|^\?\?\?']
 
 @pytest.mark.parametrize('tab', views, indirect=True, ids=lambda v: f'{v[0]}-{v[1]}')
 @pytest.mark.parametrize('rel', pages)
@@ -71,7 +73,7 @@ def test_page(rel, tab, base, request):
     assert tab.evaluate("Array.from(document.querySelectorAll('article img')).every(o => o.getBoundingClientRect().right <= innerWidth)")
     if shots := os.environ.get('SHOTS'):
         Path(shots).mkdir(exist_ok=True)
-        tab.screenshot(path=f'{shots}/{rel.replace("/", "_")}-{request.node.callspec.id}.png', full_page=True)
+        tab.screenshot(path=Path(shots)/f"{request.node.callspec.id}.png".replace("/", "_"), full_page=True)
 
 @pytest.mark.parametrize('tab', views[:2], indirect=True, ids=['light','dark'])
 def test_dark_is_dark(tab, base, request):
@@ -124,6 +126,12 @@ def test_what_machines_read(f):
     links = [o for o in re.findall(r'\]\(([^)#\s]+)', re.sub(r'^( *)(```+).*?^\1\2$', '', text, flags=re.M|re.S)) if not re.match(r'\w+:', o)]
     assert [o for o in links if not (site/f).parent.joinpath(o).is_file()] == []
     assert f != 'llms.txt' or all(f'/{p}.md)' in text for p in pages)
+
+def test_every_public_name_has_an_entry():
+    from test_package import public
+    for module,name in public:
+        text = (site/f'{module}.html').read_text(encoding='utf-8')
+        assert not callable(getattr(importlib.import_module(f'fastai_bn.{module}'), name, len)) or f'id="{name.lower()}"' in text and f'#{name.lower()}' in text, name
 
 def test_source_links_lead_to_definitions():
     "Each entry of the API links to the line of its class or function"

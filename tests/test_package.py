@@ -29,6 +29,13 @@ def test_public_names_are_documented(module, name):
     docs = docments(o if dataclasses.is_dataclass(o) else f, full=False)
     for p in ps: assert docs.get(p.name), f'{name}: parameter {p.name} has no comment'
 
+@pytest.mark.parametrize('module,name', public)
+def test_public_names_have_an_example_that_runs(module, name):
+    "Each stands in a cell of its notebook that is shown and that nbdev-test runs, or is what another name there gives"
+    f = next(root.glob(f'nbs/*_{module}.ipynb'))
+    shown = [s for c in json.loads(f.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code' and not re.search(r'^#\| *(export|hide$|eval: false)', s := ''.join(c['source']), flags=re.M)]
+    assert any(re.search(rf'\b{name.removeprefix("Learner.")}\b', s) for s in shown)
+
 def test_version_and_metadata():
     ini = ConfigParser(delimiters=['='], interpolation=None); ini.read(root/'settings.ini')
     assert re.fullmatch(r'\d+\.\d+\.\d+', fastai_bn.__version__)
