@@ -4,11 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DOCS   := $(VENV)/.docs
+PEERS  := $(VENV)/.peers
+PAGE   ?=
 ARGS   ?=
 export PATH := $(abspath $(BIN)):$(PATH)
 export MPLBACKEND ?= agg
 
-.PHONY: demo test pytest notebooks outputs sync check docs docs-serve test-docs setup clean
+.PHONY: demo test pytest notebooks outputs sync check bench docs docs-serve test-docs setup clean
 demo: $(READY)
 	@$(BIN)/python -W ignore::FutureWarning:torch.jit._script -m fastai_bn.demo $(ARGS)
 
@@ -29,6 +31,10 @@ sync: $(READY)          # notebooks -> modules, README.md; notebooks cleaned
 check: $(READY)         # the same, but only says whether anything would change
 	$(BIN)/python tools/sync.py --check
 
+bench: $(PEERS)         # PAGE=accumulate: one page; ARGS="--full --hep2 FOLDER --nuclei FOLDER"; then the pages are drawn anew
+	$(BIN)/python -W ignore tools/bench $(PAGE) $(ARGS)
+	$(BIN)/python tools/outputs.py nbs/benchmarks
+
 docs: $(DOCS)           # the site, into _docs/ (needs npm, for KaTeX)
 	$(BIN)/python tools/docs.py
 
@@ -43,6 +49,10 @@ $(READY): settings.ini setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing fastai_bn and its development tools into $(VENV) (a few minutes, several GB with torch) ..."
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+$(PEERS): $(READY)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]'
 	touch $@
 
 $(DOCS): $(READY)

@@ -1,0 +1,100 @@
+"Data, nets and fits that the pages share"
+import importlib, io, tempfile, warnings
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np, torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from fastai.basics import DataLoader, DataLoaders, Learner, noop, set_seed
+from fastai.callback.progress import ProgressCallback
+from fastai.vision.all import Image
+from fastai_bn import demo
+from fastai_bn.all import HPA_LABELS, HPADataLoaders, make_hpa
+
+warnings.filterwarnings('ignore', '.*(scheduler.step|torch.jit)')
+
+@dataclass
+class Images:
+    "A classification: images [N, C, H, W], standardised per channel; targets [N], or [N, L] of several labels"
+    train: tuple
+    valid: tuple
+    @property
+    def multi(self) -> bool: return self.train[1].dim() == 2
+    @property
+    def n_out(self) -> int: return self.train[1].shape[1] if self.multi else int(self.train[1].max())+1
+    def loss(self, pred:Tensor, y:Tensor, **kw) -> Tensor: return (F.binary_cross_entropy_with_logits if self.multi else F.cross_entropy)(pred, y, **kw)
+
+def standardised(train:tuple, valid:tuple, n_train:int, n_valid:int) -> Images:
+    x = train[0]
+    mean,std = x.mean((0,2,3), keepdim=True),x.std((0,2,3), keepdim=True)
+    return Images(((x[:n_train]-mean)/std, train[1][:n_train]), ((valid[0][:n_valid]-mean)/std, valid[1][:n_valid]))
+
+@lru_cache(8)
+def drawn_tensors(n:int, size:int, seed:int=0, lab_shift:float=0.) -> tuple[Tensor,Tensor]:
+    "Drawn images as `make_hpa` writes them, [n, 4, size, size] from 0 to 1, and their labels [n, 28]"
+    with tempfile.TemporaryDirectory() as d:
+        with redirect_stdout(io.StringIO()): make_hpa(d, n, size, seed, lab_shift=lab_shift)  # its progress bar
+        dls = HPADataLoaders.from_folder(d, size, 1, num_workers=0)
+        items = sorted([o for ds in (dls.train_ds, dls.valid_ds) for o in ds.items])
+        load = dls.train_ds.tls[0].tfms
+        ys = torch.zeros(n, 28)
+        for i,(_,t) in enumerate(items): ys[i, [HPA_LABELS.index(o) for o in t]] = 1
+        return torch.stack([load(o) for o in items]).as_subclass(Tensor),ys
+
+@lru_cache(4)
+def drawn(n_train:int, n_valid:int=512, size:int=32) -> Images:
+    "Drawn images in the style of the Human Protein Atlas, several labels each"
+    x,y = drawn_tensors(n_train+n_valid, size)
+    return standardised((x[:n_train],y[:n_train]), (x[n_train:],y[n_train:]), n_train, n_valid)
+
+@lru_cache(4)
+def hep2(folder:Path, n_train:int, n_valid:int=1024, size:int=32) -> Images:
+    "HEp-2 cells of six classes, in an order that is random and always the same"
+    def read(part, n):
+        fs = sorted(folder.glob(f'{part}/*/*.png'))
+        fs = [fs[i] for i in np.random.default_rng(0).permutation(len(fs))[:n]]
+        vocab = sorted({f.name for f in (folder/part).iterdir() if f.is_dir()})
+        load = lambda f: torch.tensor(np.array(Image.open(f).convert('L').resize((size,size), Image.BOX)), dtype=torch.float32)[None]/255
+        return torch.stack([load(f) for f in fs]),torch.tensor([vocab.index(f.parent.name) for f in fs])
+    return standardised(read('train', n_train), read('valid', n_valid), n_train, n_valid)
+
+def images(data:str, a) -> Images:
+    return drawn(a.images or 1024) if data == 'drawn' else hep2(a.hep2, a.images or 2048)
+
+def net(o:Images) -> nn.Module:
+    "The demo's ResNet at half its width: 0.3 million parameters, 12 BN layers"
+    return demo.small_resnet(o.train[0].shape[1], o.n_out, 16)
+
+def learner(o:Images, seed:int, bs:int, cbs=(), make=net) -> Learner:
+    "The same weights and order of images for every seed, whatever `bs` and callbacks"
+    set_seed(seed)
+    dl = lambda t,**kw: DataLoader(list(zip(*t)), num_workers=0, **kw)
+    dls = DataLoaders(dl(o.train, bs=bs, shuffle=True, drop_last=True), dl(o.valid, bs=64), device='cpu')
+    learn = Learner(dls, make(o), loss_func=o.loss, cbs=[*cbs, demo._Log()])
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+@torch.no_grad()
+def score(model:nn.Module, o:Images, xy:tuple=None) -> dict:
+    "Validation loss, and accuracy, or macro F1 where each label is predicted as often as it occurs"
+    (x,y),mode = xy or o.valid,model.training
+    model.eval()
+    p = torch.cat([model(b) for b in x.split(64)])
+    model.train(mode)
+    return dict(valid_loss=o.loss(p, y).item(), score=macro_f1(p, y) if o.multi else (p.argmax(1) == y).float().mean().item())
+
+def macro_f1(pred:Tensor, y:Tensor) -> float:
+    "F1 at the threshold at which as many are predicted as there are, where it is precision and recall, averaged over labels that occur 10 times"
+    res = []
+    for p,t in zip(pred.T, y.T):
+        if (k := int(t.sum())) >= 10: res.append(t[p.topk(k).indices].mean().item())
+    return float(np.mean(res)) if res else float('nan')
+
+def peer(name:str):
+    "A module that may not be installed: None, and a line that says so"
+    try: return importlib.import_module(name)
+    except ImportError as e: print(f"SKIPPED: {name} is not installed ({e}): pip install -e '.[bench]'")
