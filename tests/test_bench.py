@@ -22,7 +22,7 @@ def test_spread_is_mean_and_range_in_the_order_of_the_rows(tmp_path, monkeypatch
     monkeypatch.setattr(results, 'RESULTS', tmp_path)
     df = results.load('p', 't')
     assert results.spread(df, 'way', 'x', '.1f')['x'].to_dict() == {'a':'3.0 (1.0 to 6.0)', 'b':'6.0 (2.0 to 12.0)'}
-    assert results.spread(df, 'seed', 'x', '.0f', 'way').loc[1].to_dict() == {'a':'2 (2 to 2)', 'b':'4 (4 to 4)'}
+    assert results.spread(df, 'seed', 'x', '.0f', 'way').loc[1].to_dict() == {'a':'2', 'b':'4'}
     assert results.measured('p').seeds.tolist() == ['0, 1, 2']
 
 @pytest.mark.parametrize('n', [2,5])

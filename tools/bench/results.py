@@ -89,8 +89,10 @@ def load(page:str, table:str) -> pd.DataFrame:
     return pd.DataFrame([dict(data=l['data'], seed=l['seed'], **r) for l in lines(page, RESULTS) if l['table'] == table for r in l['rows']])
 
 def spread(df:pd.DataFrame, by, value:str, fmt:str='.3f', columns=None) -> pd.DataFrame:
-    "Mean (smallest to largest) of `value` over seeds, a row for each of `by`, in the order in which they come"
-    text = lambda s: f'{s.mean():{fmt}} ({s.min():{fmt}} to {s.max():{fmt}})' if s.notna().any() else ''
+    "Mean (smallest to largest, unless all are the same to the digits shown) of `value` over seeds, a row for each of `by`, in the order in which they come"
+    def text(s):
+        lo,mid,hi = (f'{v:{fmt}}' for v in (s.min(),s.mean(),s.max()))
+        return '' if s.isna().all() else mid if lo == hi else f'{mid} ({lo} to {hi})'
     keys = [by] if isinstance(by, str) else list(by)
     res = df.groupby(keys + ([columns] if columns else []), sort=False, dropna=False)[value].agg(text)
     return res.unstack(columns).fillna('')[list(dict.fromkeys(df[columns]))] if columns else res.to_frame(value)
