@@ -56,10 +56,14 @@ def test_tables_can_be_made(page, name):
     rows = list(itertools.islice(TABLES[page,name].rows(TABLES[page,name].data[0], 0, a), 2))
     assert len(rows) == 2 and all(isinstance(r, dict) for r in rows)
 
-def test_other_tables_do_not_replace_those_that_are_stored(capsys):
+def test_errors_of_the_command(capsys):
     from bench.__main__ import main
     with pytest.raises(SystemExit): main(['accumulate','outcome','--epochs','1'])
     assert '--out' in capsys.readouterr().err
+    with pytest.raises(SystemExit): main(['accumulate','--hep2','nowhere'])
+    assert 'no such folder' in capsys.readouterr().err
+    with pytest.raises(SystemExit): main(['accumulate','nothing'])
+    assert 'it has fidelity, outcome' in capsys.readouterr().err
 
 def test_two_phase_is_the_large_batch_in_one_piece():
     "With one micro-batch its forward is the batch's, its running statistics are, and its gradient is not"

@@ -96,7 +96,7 @@ ANY_MICRO = 'two-phase','frozen BN','GroupNorm','GroupNorm, weights standardised
 def sizes(way:str) -> tuple:
     return (WINDOW,) if way.startswith('batch of') else (8,) if way in ANY_MICRO else (2,WINDOW) if way.startswith('no norm') else MICRO
 
-def n_param_bytes(model) -> bytes: return b''.join(p.detach().contiguous().numpy().tobytes() for p in model.parameters())
+def param_bytes(model) -> bytes: return b''.join(p.detach().contiguous().numpy().tobytes() for p in model.parameters())
 
 def outcome(data:str, seed:int, a):
     "Train each way with one recipe: one-cycle, Adam; windows of 32"
@@ -106,7 +106,7 @@ def outcome(data:str, seed:int, a):
             dl_bs,cbs,make = way(bs)
             learn = learner(o, seed, dl_bs, cbs, make)
             learn.fit_one_cycle(epochs, LR)
-            row = dict(way=name, micro=bs, train_loss=learn._log.losses[-1], **score(learn.model, o), weights=hashlib.sha256(n_param_bytes(learn.model)).hexdigest()[:12])
+            row = dict(way=name, micro=bs, train_loss=learn._log.losses[-1], **score(learn.model, o), weights=hashlib.sha256(param_bytes(learn.model)).hexdigest()[:12])
             yield row
             if name not in ('plain accumulation','AccumulateGradBN'): continue
             precise_bn(learn.model, o.train[0].split(64), progress=False)

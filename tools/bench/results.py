@@ -14,8 +14,7 @@ class Table:
     "How the rows of a table are made"
     rows: Callable           # (data set, seed, arguments) -> iterable of dicts
     data: tuple = ('drawn',) # Names of the data sets that it is made of
-    seeds: int|None = 3      # At the default size; None: a timing, which has no seeds and runs alone
-    full: bool = False       # Only with --full?
+    seeds: int|None = 3      # Without --full; None: a timing, which has no seeds and runs alone
 
 def environment(a) -> dict:
     "Machine and versions"
@@ -43,7 +42,6 @@ def run(page:str, tables:dict, a:argparse.Namespace):
     "Make the tables' rows, as many at a time as there are cores, store and print them"
     tasks = []
     for name,t in tables.items():
-        if t.full and not (a.full or name in a.tables): print(f'{page} {name}: only with --full, or by its name'); continue
         for data in t.data if a.data is None else [d for d in t.data if d == a.data]:
             if data in ('hep2','nuclei') and not getattr(a, data): print(f'{page} {name}: SKIPPED on {data}, whose folder --{data} names'); continue
             tasks += [(name, data, s) for s in ([None] if t.seeds is None else a.seeds or range(5 if a.full else t.seeds))]
@@ -99,8 +97,7 @@ def spread(df:pd.DataFrame, by, value:str, fmt:str='.3f', columns=None) -> pd.Da
 
 def versions(page:str) -> pd.DataFrame:
     "Packages that its runs had; '' where a peer was not installed and so skipped"
-    envs = {json.dumps(e):l['table'] for l in lines(page, RESULTS) if (e := {k:v or '' for k,v in l['env'].items() if k not in ('date','machine')})}
-    return pd.DataFrame([json.loads(e) for e in envs]).drop_duplicates()
+    return pd.DataFrame([l['env'] for l in lines(page, RESULTS)]).drop(columns=['date','machine']).fillna('').drop_duplicates()
 
 def measured(page:str) -> pd.DataFrame:
     "What each table is made of: data, seeds, seconds, machine, command"
