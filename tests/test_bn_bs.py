@@ -1,5 +1,5 @@
 "The batch of BN: `bn_bs`. In float32 and to the last bit, unless a test says otherwise"
-import copy, sys, types, weakref
+import copy, weakref
 from collections import namedtuple
 
 import pytest, torch
@@ -9,13 +9,6 @@ from torch.utils.checkpoint import checkpoint
 from fastai.vision.all import (Adam, Callback, CancelBatchException, CrossEntropyLossFlat, CutMix, DataLoader, DataLoaders, Datasets, DynamicUnet,
     EarlyStoppingCallback, GradientClip, L, Learner, MixUp, SGD, SaveModelCallback, TensorCategory, TensorImage, TfmdDL, accuracy, create_body, load_learner,
     noop, params, resnet18, set_seed)
-try: import accelerate
-except ImportError:  # fastai.distributed wants the name
-    class Accelerator:
-        def __init__(self, mixed_precision=None, fp16=None, log_with=None, logging_dir=None, step_scheduler_with_optimizer=None): pass
-    with pytest.MonkeyPatch.context() as mp:
-        mp.setitem(sys.modules, 'accelerate', types.SimpleNamespace(Accelerator=Accelerator))
-        import fastai.distributed
 from fastai.callback.data import PartialDL
 from fastai.distributed import DistributedDL, DistributedTrainer
 

@@ -1,0 +1,118 @@
+"What each of several processes does: `accelerate launch tests/ranks.py FOLDER` runs all of `jobs`, and writes what they return to FOLDER/RANK.pkl"
+import copy, pickle, sys, warnings
+from pathlib import Path
+
+import pytest, torch, torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from fastai.basics import Callback, SGD
+from fastai.distributed import DistributedTrainer
+from fastai.callback.schedule import LRFinder
+
+from fastai_bn.all import AccumulateGradBN, MicroBatched, ActivationPager, PreciseBN, precise_bn, bn_layers, capture_moments
+from conftest import Inputs, conv_net, do_fit, get_dls, get_learner, labels, snapshot, tilted
+
+N,BS,STEP = 64,2,8
+MODES = dict(none={}, one=dict(bn_bs=1), eight=dict(bn_bs=8), window=dict(bn_bs='window'), budget=dict(bn_bs='window', budget=2**14), pieces=dict(bn_bs='window', micro_bs=3),
+             all=dict(bn_bs='window', micro_bs=5, budget=2**14), eight_pieces=dict(bn_bs=8, micro_bs=3))
+EMPTY = dict(some=[2,3,7,40], micro=[0,1,16,17], window=list(range(16)), half=list(range(32)), all=list(range(N)))  # ignored targets, by sample
+
+def data(empty=()):
+    ys = labels(N)
+    ys[list(empty)] = -100
+    return tilted(N),ys
+
+class Reduced(Callback):
+    "Count the all-reduces of gradients"
+    order,n = DistributedTrainer.order+1,0
+    def before_fit(self): self.model.register_comm_hook(self, lambda self,bucket: self.reduce(bucket))
+    def reduce(self, bucket):
+        self.n += 1
+        return dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True).get_future().then(lambda f: f.value()[0])
+
+class Watch(Callback):
+    "The state after each step, and what is logged"
+    def before_fit(self): self.steps = 0
+    def after_step(self): self.steps += 1
+
+def fit(kw, sync_bn, empty=(), cbs=(), model=conv_net, epochs=2):
+    learn = get_learner(get_dls(*data(empty), BS), model(), [AccumulateGradBN(STEP, **kw), *cbs, Watch(), Reduced()])
+    with learn.distrib_ctx(sync_bn=sync_bn, cpu=True): do_fit(learn, epochs)
+    assert not isinstance(learn.model, DistributedDataParallel)
+    return dict(state=snapshot(learn.model), steps=learn.watch.steps, reduced=learn.reduced.n, losses=list(learn.recorder.values))
+
+def single_values():
+    "A micro-batch of one, behind pooling: one value per channel in each process, two in both"
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(3,4,3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4,5)).double()
+    learn = get_learner(get_dls(*data(), 1), model, [AccumulateGradBN(4)])
+    with learn.distrib_ctx(cpu=True): do_fit(learn)
+    return snapshot(learn.model)
+
+def first_bn(): torch.manual_seed(2); return nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3,4,3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64,5)).double()
+
+def statistics(sync_bn):
+    "`PreciseBN` in a fit, then the report and `precise_bn`, of 21 samples: each process has another number of them"
+    xs,ys = tilted(21),labels(21)
+    learn = get_learner(get_dls(xs, ys, 4, shuffle=True), first_bn(), [AccumulateGradBN(2), PreciseBN(keep_if_better='valid_loss'), PreciseBN()][1 if sync_bn else 2:])
+    with learn.distrib_ctx(sync_bn=sync_bn, cpu=True):
+        do_fit(learn, 2)
+        after = snapshot(learn.model)
+        report = learn.bn_report(plot=False)
+        few = learn.precise_bn(n=8)
+        table = learn.precise_bn()
+    return dict(after=after, report=report, table=table, few=few, state=snapshot(learn.model))
+
+def plain_loop(micro_bs, sync_bn):
+    "`MicroBatched` in DistributedDataParallel, without fastai"
+    model = conv_net()
+    if sync_bn: model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    ddp = DistributedDataParallel(MicroBatched(model, micro_bs) if micro_bs else model)
+    xs,ys = [o.chunk(2)[dist.get_rank()] for o in data()]
+    with ActivationPager(2**14): F.cross_entropy(ddp(xs), ys).backward()
+    return dict(grads={k:p.grad for k,p in model.named_parameters()}, state=snapshot(model))
+
+def captured():
+    "Moments of a SyncBatchNorm whose processes have batches of different sizes"
+    model,r = nn.SyncBatchNorm(3).double(),dist.get_rank()
+    x = tilted(7)[:3] if r == 0 else tilted(7)[3:]
+    with capture_moments(bn_layers(model)) as cap: model(x)
+    return [(o.count, o.mean, o.var()) for _ in range(2) for _,o in cap.moments.items()]
+
+def lr_find(kw):
+    learn = get_learner(get_dls(*data(), BS), conv_net(), [AccumulateGradBN(4, **kw), Watch()], path=Path(sys.argv[1])/str(dist.get_rank()))
+    # LRFinder restores the model in the first process only, and that one waits for the others: without us, too
+    with pytest.MonkeyPatch.context() as mp, learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_logging():
+        mp.setattr(LRFinder, 'after_fit', lambda self: self.learn.opt.zero_grad())
+        learn.lr_find(num_it=11, show_plot=False, stop_div=False, suggest_funcs=())
+    return dict(steps=learn.watch.steps)
+
+def again():
+    "A fit in the context, one after it, and a frozen layer"
+    learn = get_learner(get_dls(*data(), BS), conv_net(), [AccumulateGradBN(STEP, bn_bs='window')])
+    with learn.distrib_ctx(cpu=True): do_fit(learn)
+    for _ in range(2):
+        with learn.distrib_ctx(cpu=True): do_fit(learn)
+    return snapshot(learn.model)
+
+jobs = dict(
+    **{f'sync {k}': (lambda kw=kw: fit(kw, True)) for k,kw in MODES.items()},
+    **{f'own {k}': (lambda kw=kw: fit(kw, False)) for k,kw in MODES.items() if k != 'one'},
+    **{f'{s} {k}, empty {e}': (lambda kw=kw,idx=idx,s=s: fit(kw, s=='sync', idx)) for e,idx in EMPTY.items() for k,kw in MODES.items() if k in ('none','window','pieces') for s in ('sync','own')},
+    **{f'statistics {s}': (lambda s=s: statistics(s)) for s in (True,False)},
+    **{f'loop {m} {s}': (lambda m=m,s=s: plain_loop(m, s)) for m in (None,3) for s in (True,False)},
+    **{f'lr_find {k}': (lambda kw=MODES[k]: lr_find(kw)) for k in ('none','window','eight')},
+    single=single_values, captured=captured, again=again)
+
+if __name__ == '__main__':
+    import sync_cpu  # patches
+    torch.set_num_threads(1)
+    warnings.filterwarnings('ignore', 'A budget on the CPU')
+    res = {}
+    for k,f in jobs.items():
+        torch.manual_seed(0)
+        res[k] = f()
+        print(k, flush=True)
+    (Path(sys.argv[1])/f'{dist.get_rank()}.pkl').write_bytes(pickle.dumps(res))
+    dist.destroy_process_group()
