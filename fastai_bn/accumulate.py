@@ -65,7 +65,7 @@ def loss_denominator(
     keep = y != opt('ignore_index', -100)
     return (keep.sum() if w is None else w.to(y.device)[y[keep]].sum()).item()
 
-# %% ../nbs/01_accumulate.ipynb #01b15de9
+# %% ../nbs/01_accumulate.ipynb #6a889aa1
 class AccumulateGradBN(Callback):
     """Make one optimizer step per `n_step` micro-batches, with BatchNorm over `bn_bs` samples, in a `budget` of device memory, in lock step for `micro_bs`.
 
@@ -73,7 +73,7 @@ class AccumulateGradBN(Callback):
 
     `ValueError`: arguments out of range; in `fit`, where windows cannot be made of the DataLoader (it is empty, `bn_bs` does not divide `n_step*bs`, with
     `last='drop'` no window is ever full), items that cannot be joined, `GradientAccumulation` beside it, a negative `weight`; one value per channel at `bn_bs=None`.
-    `DataParallel` is refused. With `budget` and `micro_bs` also the errors of `ActivationPager` and `MicroBatched`."""
+    `DataParallel` is refused. `RuntimeError`: a fit within a training epoch of the same learner. With `budget` and `micro_bs` also the errors of `ActivationPager` and `MicroBatched`."""
     order,run_valid = MixedPrecision.order-4,False
     _stateattrs = '_window','_micro','_layers','_batches'  # what `learn.export` leaves out: the epoch under way
     _window = _micro = _batches = None
@@ -189,11 +189,15 @@ class _BNBatches(GetAttr):
         self.ends = True  # fewer than were promised
         if parts and self.last=='step': yield _joined(parts)
 
-# %% ../nbs/01_accumulate.ipynb #97e471ba
+# %% ../nbs/01_accumulate.ipynb #a1ecc1bf
 @patch
 def before_train(self:AccumulateGradBN):
     "Check that windows can be made of this epoch, and open the first"
     self.__dict__.pop('order', None)
+    if self._in_epoch: raise RuntimeError("A fit within a training epoch of the same learner would end that epoch's window, and leave the learner "
+        "without its batch. Do so in after_epoch, or with a copy of the learner")
+    if 'all_batches' not in vars(self.learn): raise RuntimeError("AccumulateGradBN missed the beginning of this epoch: it was added in before_epoch, or another fit "
+        "of this learner ran there. Do so before the fit or in after_epoch")
     try: self._check(self.dl)
     except ValueError: self._close(); raise
     if self.bn_bs is not None: self.learn.dl = self._batches = self._rebatched(self.dl)
@@ -282,15 +286,17 @@ def _patched(obj, name:str, value):
         if before is missing: obj.__dict__.pop(name, None)
         else: obj.__dict__[name] = before
 
-# %% ../nbs/01_accumulate.ipynb #3cd34581
-_cancel = (CancelBackwardException, CancelStepException, CancelBatchException, CancelTrainException, CancelValidException,
-           CancelEpochException, CancelFitException)
-
+# %% ../nbs/01_accumulate.ipynb #15a95cad
 @patch
 def before_epoch(self:AccumulateGradBN):
     "Take the training loop over"
     self.learn.all_batches = partial(_all_batches, self, self.learn)
-    if '_do_one_batch' not in vars(self.learn): self.order = 12  # not for a `learn.validate` in mid-epoch
+    if self._in_epoch: return  # somebody's `learn.validate`
+    for k in '_do_one_batch','_backward': self.learn.__dict__.pop(k, None)  # this learner was exported in mid-window
+    self.order = 12
+
+@patch(as_prop=True)
+def _in_epoch(self:AccumulateGradBN) -> bool: return self._window is not None and '_do_one_batch' in vars(self.learn)
 
 @patch
 def after_epoch(self:AccumulateGradBN):
@@ -306,12 +312,12 @@ def _all_batches(cb:AccumulateGradBN, learn:Learner):
     if cb.learn is not learn or cb._window is None or not learn.training: return do(learn)
     try:
         with _patched(learn, '_do_one_batch', partial(_one_batch, cb, learn)): do(learn)
-    except _cancel: raise
+    except (CancelTrainException, CancelEpochException, CancelFitException): raise  # there are events for these
     except BaseException:
         cb._close()
         raise
 
-# %% ../nbs/01_accumulate.ipynb #e32a591a
+# %% ../nbs/01_accumulate.ipynb #e8c9a403
 def _one_batch(cb:AccumulateGradBN, learn:Learner):
     "`Learner._do_one_batch` with forward and backward inside BN captures, and both inside the pager's block"
     do = type(learn)._do_one_batch
@@ -338,6 +344,7 @@ def _cut_up(model:nn.Module, micro_bs:int|None):
 
 def _backward(cb:AccumulateGradBN, learn:Learner):
     "The BN batch's backward pass; BN layers that it runs again are not counted"
+    if cb._micro is None: return type(learn)._backward(learn)
     cb._micro.backward = True
     with cb._micro.paging, capture_moments(cb._layers): type(learn)._backward(learn)
 

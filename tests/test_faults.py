@@ -1,0 +1,281 @@
+"""What goes wrong, goes wrong anywhere: an error, an interrupt or a cancelled batch, epoch or fit at each point of a window, in each mode. Afterwards weights and
+running statistics are those of the last step that was made, nothing of ours is left on model, learner or interpreter, and the next fit is the fit that a new learner makes"""
+import copy, gc, os, pickle, signal, subprocess, sys, threading
+from contextlib import nullcontext
+
+import pytest, torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from fastai.vision.all import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
+    CancelValidException, DataLoaders, Learner, SGD, TerminateOnNaNCallback, TfmdDL, load_learner)
+
+from fastai_bn.all import AccumulateGradBN, ActivationPager, MicroBatched, PreciseBN
+from conftest import F64, assert_pristine, assert_same, conv_net, do_fit, get_dls, get_learner, labels, snapshot, tilted
+
+pytestmark = [pytest.mark.filterwarnings('ignore:A budget on the CPU', 'ignore:.*alone needs')]
+
+MODES = dict(none={}, two=dict(bn_bs=2), eight=dict(bn_bs=8), window=dict(bn_bs='window'), budget=dict(bn_bs='window', budget=2**14), pieces=dict(bn_bs='window', micro_bs=3),
+             all=dict(bn_bs='window', micro_bs=3, budget=2**14), int_all=dict(bn_bs=8, micro_bs=3, budget=2**14))
+modes = pytest.mark.parametrize('mode', MODES)
+N,BS,STEP = 32,4,4  # two windows of 16 in an epoch
+
+class Boom(Exception): pass
+
+class Faulty(nn.Module):
+    "Identity that raises when told: in the `at`-th forward pass in training mode, or in the backward pass of what that made. In lock step each micro-batch has one"
+    plan = dict(exc=None, at=-1, backward=False, n=0)  # of all instances: modules' own attributes are a micro-batch's
+    @classmethod
+    def reset(cls, exc=None, at=-1, backward=False): cls.plan.update(exc=exc, at=at, backward=backward, n=0)
+    def forward(self, x):
+        if not self.training or self.plan['exc'] is None: return x
+        now = self.plan['n'] == self.plan['at']
+        self.plan['n'] += 1
+        if not now: return x
+        if not self.plan['backward']: raise self.plan['exc']
+        return Raise.apply(x, self.plan['exc'])
+
+class Raise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, exc): ctx.exc = exc; return x.view_as(x)
+    @staticmethod
+    def backward(ctx, g):
+        raise ctx.exc
+
+class FaultyDL(TfmdDL):
+    "Raises when told, instead of giving batch `at`"
+    exc,at = None,-1
+    def __iter__(self):
+        for i,b in enumerate(super().__iter__()):
+            if i == self.at and self.exc is not None: raise self.exc
+            yield b
+
+class FaultyLoss(nn.Module):
+    def __init__(self): super().__init__(); self.exc,self.at,self.n = None,-1,0
+    def forward(self, p, y):
+        if self.training_now() and (n := self.n) == self.at and self.exc is not None: self.n += 1; raise self.exc
+        self.n += self.training_now()
+        return F.cross_entropy(p, y)
+    def training_now(self): return torch.is_grad_enabled()
+
+class At(Callback):
+    "Do `f(learn)` when `event` comes in training iteration `at` of the first epoch; iteration None: whenever"
+    def __init__(self, event, at, f, order=0):
+        self.event,self.at,self.f,self.order,self.done = event,at,f,order,False
+        setattr(self, event, self._do)
+    def _do(self):
+        if self.done or (self.at is not None and not (self.training and self.iter == self.at)): return
+        self.done = True
+        self.f(self.learn)
+
+def raising(exc):
+    def f(learn): raise exc
+    return f
+
+def net():
+    "The faulty layer in the middle, a layer that is used twice, dropout"
+    m = conv_net()
+    return nn.Sequential(*m[:3], Faulty(), *m[3:])
+
+def make(mode, *cbs, model=None, **kw):
+    torch.manual_seed(0)
+    xs,ys = tilted(N),labels(N)
+    dls = get_dls(xs, ys, BS, valid=(xs[:4],ys[:4]))
+    dls = DataLoaders(FaultyDL(dls.train.dataset, bs=BS, num_workers=0), dls.valid, device='cpu')
+    return get_learner(dls, model or net(), [AccumulateGradBN(STEP, **MODES[mode]), *cbs], loss_func=FaultyLoss(), **kw)
+
+def traces():
+    "What the interpreter would show of us"
+    return dict(threads=[o.name for o in threading.enumerate()], modes=len(_get_current_dispatch_mode_stack()), functions=torch.overrides._len_torch_function_stack(),
+                hooks=len(nn.modules.module._global_forward_pre_hooks), grad=torch.is_grad_enabled(), autocast=torch.is_autocast_enabled('cpu'))
+
+_refs = {}
+def clean(mode):
+    "The states of a fit without faults: at the beginning, and after each step"
+    if mode not in _refs:
+        cb = States()
+        do_fit(make(mode, cb))
+        _refs[mode] = cb.states
+    return _refs[mode]
+
+class States(Callback):
+    "The state at the beginning, and at the end of each iteration that made a step"
+    order = 90
+    def before_fit(self): self.states,self.stepped = [snapshot(self.model)],False
+    def after_step(self): self.stepped = True
+    def after_batch(self): self._note()
+    def after_train(self): self._note()
+    def _note(self):
+        if self.stepped: self.states.append(snapshot(self.model)); self.stepped = False
+
+def same(a, b): return all(torch.equal(a[k], b[k]) for k in b)
+
+def check(learn, mode, step, before, exact=True):
+    "All is as after `step` steps, nothing is left, and the next fit is that of a new learner"
+    assert traces() == before
+    for m in learn.model.modules():
+        assert 'forward' not in m.__dict__ and not m._forward_hooks and not m._forward_pre_hooks
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): assert m.momentum == .1
+    assert not {'all_batches','_do_one_batch','_backward'} & learn.__dict__.keys()
+    if learn.opt is not None: assert all(p.grad is None or not p.grad.any() for p in learn.model.parameters())
+    Faulty.reset()
+    cb = learn.accumulate_grad_bn
+    assert cb._window is cb._micro is cb._batches is None and 'order' not in vars(cb)
+    if step is not None: assert same(learn.model.state_dict(), clean(mode)[step])
+    learn.remove_cbs([c for c in learn.cbs if isinstance(c, At)])
+    learn.dls.train.exc = learn.loss_func.exc = None
+    new = make(mode)
+    new.model.load_state_dict(learn.model.state_dict())
+    learn.create_opt()
+    for o in (learn,new): torch.manual_seed(5); do_fit(o)
+    assert same(learn.model.state_dict(), new.model.state_dict())
+    assert traces() == before
+
+def per_window(mode): return dict(none=4, two=8, eight=2, int_all=2).get(mode, 1)  # iterations
+
+def iters(mode):
+    "Iterations to fail in (the first of a fit, and in the second window the first, one in its middle and its last), and how many steps have been made by then"
+    per = per_window(mode)
+    return sorted({(i, i//per) for i in (0, per, per+per//2, 2*per-1)})
+
+
+# --- Errors, interrupts, cancellations
+
+ERRORS = [Boom, KeyboardInterrupt, SystemExit]
+
+@modes
+@pytest.mark.parametrize('exc', ERRORS)
+def test_errors_in_model_loss_and_data(mode, exc):
+    before = traces()
+    for where in ('forward','backward','loss','data'):
+        for i,step in iters(mode):
+            learn = make(mode)
+            if where == 'data':
+                learn.dls.train.exc,learn.dls.train.at = exc('x'),(k := i*STEP//per_window(mode))
+                step = k//STEP if mode == 'none' else step
+            elif where == 'loss': learn.loss_func.exc,learn.loss_func.at = exc('x'),i
+            else:
+                calls = {'pieces':6,'all':6,'int_all':3}.get(mode, 1)  # of the layer in an iteration: pieces of 3
+                Faulty.reset(exc('x'), i*calls + calls//2, where == 'backward')
+            with pytest.raises(exc): do_fit(learn)
+            check(learn, mode, step, before)
+
+EVENTS = ['before_batch','after_pred','after_loss','before_backward','after_backward','before_step','after_batch']
+
+@modes
+@pytest.mark.parametrize('order', [0, 20])
+@pytest.mark.parametrize('exc', [Boom, KeyboardInterrupt])
+def test_errors_in_callbacks(mode, exc, order):
+    before = traces()
+    for event in EVENTS:
+        for i,step in iters(mode):
+            last = (i+1) % per_window(mode) == 0
+            if event == 'before_step' and order == 20 and not last: continue  # skipped there
+            learn = make(mode, At(event, i, raising(exc('x')), order))
+            with pytest.raises(exc): do_fit(learn)
+            check(learn, mode, step + (event == 'after_batch' and last), before)
+
+CANCELS = [CancelBatchException, CancelBackwardException, CancelStepException, CancelTrainException, CancelEpochException, CancelFitException]
+
+@modes
+@pytest.mark.parametrize('exc', CANCELS)
+def test_cancellations(mode, exc):
+    "fastai takes them as it does; nothing is left, and the next fit is right"
+    before = traces()
+    for event in EVENTS:
+        for order in (0, 20):
+            for i,_ in iters(mode)[-2:]:
+                if exc is CancelBackwardException and event != 'before_backward': continue
+                if exc is CancelStepException and event != 'before_step': continue
+                learn = make(mode, At(event, i, raising(exc()), order))
+                with pytest.raises(CancelBatchException) if (event,exc) == ('after_batch',CancelBatchException) else nullcontext(): do_fit(learn)  # too late: fastai does not catch it
+                check(learn, mode, None, before)
+
+@modes
+@pytest.mark.parametrize('exc', [CancelTrainException, CancelEpochException, CancelFitException])
+def test_a_window_that_is_cancelled_leaves_the_last_step(mode, exc):
+    before = traces()
+    for event in EVENTS:
+        for i,step in iters(mode):
+            last = (i+1) % per_window(mode) == 0
+            learn = make(mode, At(event, i, raising(exc())))
+            do_fit(learn)
+            check(learn, mode, step + (event == 'after_batch' and last), before)
+
+@modes
+def test_cancelled_validation(mode):
+    before = traces()
+    for event in ('before_validate','after_pred'):
+        learn = make(mode, At(event, None, lambda learn: None))
+        class Cancel(Callback):
+            def before_validate(self): raise CancelValidException
+        learn.add_cb(Cancel())
+        do_fit(learn)
+        learn.remove_cb(Cancel)
+        check(learn, mode, 2, before)
+
+# --- A fit inside a fit
+
+@modes
+@pytest.mark.parametrize('event', ['before_batch','after_loss','after_backward','after_batch','before_epoch'])
+def test_a_fit_in_an_epoch_of_the_same_learner_is_refused(mode, event):
+    before = traces()
+    learn = make(mode, At(event, None if event == 'before_epoch' else per_window(mode), lambda l: do_fit(l), order=20))
+    with pytest.raises(RuntimeError, match='fit .*of (the same|this) learner'): do_fit(learn)
+    check(learn, mode, None if event == 'before_epoch' else 1 + (event == 'after_batch' and per_window(mode) == 1), before)
+
+@modes
+@pytest.mark.parametrize('event', ['before_fit','after_train','after_epoch','after_fit'])
+def test_a_fit_between_epochs_is_fine(mode, event):
+    before = traces()
+    learn = make(mode, At(event, None, do_fit))
+    do_fit(learn)
+    check(learn, mode, None, before)
+
+class Boss(Callback):
+    "Trains another learner of the same model in mid-epoch"
+    def __init__(self, other, at): self.other,self.at = other,at
+    def after_batch(self):
+        if self.training and self.iter == self.at: do_fit(self.other); self.model.train()
+
+@modes
+def test_another_learner_of_the_same_model_in_a_fit(mode):
+    "Between windows it is as if one fit had been put into the other. It ends the window in which it comes, as all gradients are the model's"
+    before = traces()
+    one = make(mode)
+    two = make(mode, Boss(one, per_window(mode)-1), model=one.model)
+    do_fit(two)
+    want = make(mode)
+    want.model.load_state_dict(clean(mode)[1])
+    do_fit(want)
+    rest = get_learner(get_dls(tilted(N)[16:], labels(N)[16:], BS), want.model, AccumulateGradBN(STEP, **MODES[mode]))
+    do_fit(rest)
+    assert same(one.model.state_dict(), want.model.state_dict())
+    two.remove_cb(two.boss)
+    for o in (one,two): check(o, mode, None, before)
+
+def test_learners_in_turn():
+    for mode in MODES:
+        one = make(mode)
+        two = make(mode, model=one.model)
+        do_fit(one); do_fit(two)
+        ref = make(mode)
+        do_fit(ref); ref.create_opt(); do_fit(ref)
+        assert same(one.model.state_dict(), ref.model.state_dict())
+
+
+# --- Copies
+
+@modes
+@pytest.mark.parametrize('event', ['after_epoch','after_fit'])
+def test_a_copy_of_the_learner_is_on_its_own(mode, event):
+    "fastai's learners cannot be copied in mid-epoch, nor those of any loop with a graph under way"
+    before,copies = traces(),[]
+    learn = make(mode, At(event, None, lambda l: copies.append(copy.deepcopy(l))))
+    do_fit(learn)
+    c, = copies
+    c.logger = learn.logger
+    for _ in range(2):
+        check(c, mode, 2 if _ == 0 else None, before)  # fits
+        assert same(learn.model.state_dict(), clean(mode)[2])
+    check(learn, mode, 2, before)
