@@ -1,7 +1,8 @@
 """What goes wrong, goes wrong anywhere: an error, an interrupt or a cancelled batch, epoch or fit at each point of a window, in each mode. Afterwards weights and
 running statistics are those of the last step that was made, nothing of ours is left on model, learner or interpreter, and the next fit is the fit that a new learner makes"""
-import copy, gc, os, pickle, signal, subprocess, sys, threading
+import copy, gc, multiprocessing, os, subprocess, sys, threading
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest, torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from fastai.vision.all import (Callback, CancelBackwardException, CancelBatchExc
     CancelValidException, DataLoaders, Learner, SGD, TerminateOnNaNCallback, TfmdDL, load_learner)
 
 from fastai_bn.all import AccumulateGradBN, ActivationPager, MicroBatched, PreciseBN
-from conftest import F64, assert_pristine, assert_same, conv_net, do_fit, get_dls, get_learner, labels, snapshot, tilted
+from conftest import F64, assert_same, conv_net, do_fit, get_dls, get_learner, labels, reference_fit, snapshot, tilted
 
 pytestmark = [pytest.mark.filterwarnings('ignore:A budget on the CPU', 'ignore:.*alone needs')]
 
@@ -279,3 +280,150 @@ def test_a_copy_of_the_learner_is_on_its_own(mode, event):
         check(c, mode, 2 if _ == 0 else None, before)  # fits
         assert same(learn.model.state_dict(), clean(mode)[2])
     check(learn, mode, 2, before)
+
+
+# --- Numbers that are none
+
+@modes
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_a_loss_that_is_not_finite_and_a_callback_that_ends_the_fit(mode, value):
+    "`TerminateOnNaNCallback` acts after the batch: an open window is dropped, one that is complete was a step, as it is with a large batch"
+    class Spoil(Callback):
+        order = -30
+        def after_loss(self):
+            if self.training and self.iter == per_window(mode): self.learn.loss_grad = self.loss_grad*value; self.learn.loss = self.loss*value
+    before = traces()
+    learn = make(mode, Spoil(), TerminateOnNaNCallback())
+    do_fit(learn)
+    learn.remove_cb(Spoil)
+    if per_window(mode) > 1: return check(learn, mode, 1, before)
+    assert all(torch.isnan(p).any() for p in learn.model.parameters() if p.dim() > 1)  # a large batch's would be, too
+    assert all(b.isfinite().all() for b in learn.model.buffers())
+    learn.model.load_state_dict(clean(mode)[1])
+    check(learn, mode, 1, before)
+
+@modes
+def test_data_that_is_not_finite(mode):
+    "The window that it is in is that of plain PyTorch: NaN in all of it. With a callback that cancels such batches it is as if the batch never was"
+    class Skip(Callback):
+        order = -5
+        def before_batch(self):
+            if self.training and not self.x.isfinite().all(): raise CancelBatchException
+    before,bad = traces(),tilted(N)
+    bad[N//2+1] = float('nan')
+    learn = make(mode, Skip())
+    learn.dls = get_dls(bad, labels(N), BS, valid=(tilted(4),labels(4)))
+    do_fit(learn)
+    assert all(o.isfinite().all() for o in learn.model.state_dict().values())
+    learn.remove_cb(Skip)
+    learn.dls = make(mode).dls
+    check(learn, mode, None, before)
+
+
+# --- Batches of other sizes
+
+class Sizes(TfmdDL):
+    "Batches of these sizes, of what the dataset has"
+    sizes = ()
+    def __iter__(self):
+        i = 0
+        for k in self.sizes:
+            b = [self.dataset[j] for j in range(i, i+k)]
+            i += k
+            yield (torch.stack([x for x,_ in b]),torch.stack([y for _,y in b])) if k else (torch.zeros(0,3,6,6, dtype=F64),torch.zeros(0, dtype=torch.long))
+    def __len__(self): return len(self.sizes)
+
+def sized(mode, sizes):
+    learn = make(mode)
+    xs,ys = tilted(N),labels(N)
+    dl = Sizes(get_dls(xs, ys, BS).train.dataset, bs=BS, num_workers=0)
+    dl.sizes = sizes
+    learn.dls = DataLoaders(dl, learn.dls.valid, device='cpu')
+    return learn
+
+@pytest.mark.parametrize('mode', ['none','window','budget','pieces','all'])
+def test_batches_of_odd_sizes(mode):
+    "A window is `n_step` batches whatever their sizes: the gradient is that of the mean over all their samples"
+    before,sizes = traces(),[4,1,3,8, 2,6,4,4]
+    learn = sized(mode, sizes)
+    do_fit(learn)
+    b = list(zip(tilted(N).split(sizes), labels(N).split(sizes)))
+    windows = [b[:4],b[4:]] if mode == 'none' else [[tuple(torch.cat(o) for o in zip(*b[:4]))],[tuple(torch.cat(o) for o in zip(*b[4:]))]]
+    assert_same(learn.model, reference_fit(net(), windows, lambda p,y: (F.cross_entropy(p, y, reduction='sum'), len(y))), 1e-11)
+    learn.dls = make(mode).dls
+    check(learn, mode, None, before)
+
+@modes
+def test_an_empty_batch(mode):
+    "counts for nothing"
+    before = traces()
+    learn,ref = sized(mode, [4,4,0,4,4, 4,4,4]),None
+    do_fit(learn)
+    assert all(o.isfinite().all() for o in learn.model.state_dict().values())
+    xs,ys = tilted(N)[:28],labels(N)[:28]
+    k = {'none':4,'two':2,'eight':8,'int_all':8}.get(mode, 16)
+    cut = lambda a,b: list(zip(xs[a:b].split(k), ys[a:b].split(k)))
+    assert_same(learn.model, reference_fit(net(), [cut(0, 12),cut(12, 28)], lambda p,y: (F.cross_entropy(p, y, reduction='sum'), len(y))), 1e-11)
+    learn.dls = make(mode).dls
+    check(learn, mode, None, before)
+
+
+# --- A worker process that dies
+
+class Deadly:
+    "A dataset that takes its process down"
+    def __init__(self, at): self.at,self.xs,self.ys = at,tilted(N),labels(N)
+    def __len__(self): return N
+    def __getitem__(self, i):
+        if i == self.at and multiprocessing.parent_process() is not None: os._exit(3)
+        return self.xs[i],self.ys[i]
+
+def deaths():
+    "In each mode"
+    for mode in MODES:
+        before = traces()
+        learn = make(mode)
+        learn.dls = DataLoaders(TfmdDL(Deadly(N-5), bs=BS, num_workers=1), learn.dls.valid, device='cpu')
+        try: do_fit(learn)
+        except RuntimeError as e: assert 'DataLoader worker' in str(e), e
+        else: raise AssertionError('it lives')
+        learn.dls = make(mode).dls
+        gc.collect()
+        for o in threading.enumerate():
+            if o.name != 'MainThread': o.join(5)  # the queue's, of which PyTorch lets go late
+        check(learn, mode, 1, before)
+    print('survived', len(MODES))
+
+def test_worker_processes_that_die():
+    "In a process of its own, as PyTorch tells of a death by a signal, which may come again anywhere"
+    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', 'import test_faults; test_faults.deaths()'], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=200)
+    assert run.stdout.strip() == f'survived {len(MODES)}', run.stderr[-3000:]
+
+
+# --- Weights that are loaded in mid-fit
+
+@modes
+@pytest.mark.parametrize('event', ['after_backward','after_batch'])
+def test_load_in_mid_fit(mode, event, tmp_path):
+    "What is loaded is the model from then on. The window goes on with its gradient, as with plain accumulation; its statistics count as those of any window"
+    before,i = traces(),per_window(mode)-1
+    saved = make(mode)
+    do_fit(saved)
+    saved.save(tmp_path/'m')
+    start = snapshot(saved.model)
+    seen = []
+    def load(learn):
+        learn.load(tmp_path/'m', with_opt=False)
+        seen.append(snapshot(learn.model))
+    learn = make(mode, At(event, i, load, order=30), cb := States())
+    do_fit(learn)
+    assert same(seen[0], start) and len(cb.states) == 3
+    first = cb.states[1]
+    if event == 'after_batch': assert same(first, start)  # it came after the step
+    elif per_window(mode) == 1:  # as natively: the forward pass came before
+        assert all(torch.equal(first[k], start[k]) for k in start if 'running' in k or 'num' in k)
+    else:
+        ref,base = clean(mode)[1],clean(mode)[0]
+        for k in start:
+            if 'running' in k: torch.testing.assert_close(first[k]-.9*start[k], ref[k]-.9*base[k], rtol=1e-9, atol=1e-11)  # the window's moments
+    check(learn, mode, None, before)
