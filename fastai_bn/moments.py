@@ -75,12 +75,14 @@ def bn_layers(
     "The BN layers of `model`: all instances of `_BatchNorm`, so `BatchNorm1d/2d/3d`, `SyncBatchNorm` and subclasses"
     return {n:m for n,m in model.named_modules() if isinstance(m, _BatchNorm)}
 
-# %% ../nbs/00_moments.ipynb #6704b0a5
+# %% ../nbs/00_moments.ipynb #1f752217
 def _is_count(n) -> bool: return isinstance(n, Integral) and not isinstance(n, bool) and n >= 1
+
+_BUFFERS = 'running_mean','running_var','num_batches_tracked'
 
 def _running(m:nn.Module) -> tuple:
     "The running statistics of `m`: mean, variance, number of batches; None for what it does not have"
-    return tuple(m._buffers.get(k) for k in ('running_mean','running_var','num_batches_tracked'))
+    return tuple(m._buffers.get(k) for k in _BUFFERS)
 
 def _counts(m:nn.Module) -> bool:
     "Would a forward pass of `m` update its running statistics?"
@@ -198,38 +200,48 @@ class BNCapture:
         "The moments of all that each layer saw. Where one is a `SyncBatchNorm` of several processes, all of them have to ask"
         return reduce(BNMoments.merge, (o.moments(_all_counts(o.counts, self.layers)) for o in self._uses), BNMoments())
 
-# %% ../nbs/00_moments.ipynb #edb137b4
+# %% ../nbs/00_moments.ipynb #3f3bf3f0
 def _borrowing(name:str, m:nn.Module, cap):
     "A `forward` for BN layer `m` that updates buffers which `cap` lends instead of its own"
     inner = getattr(m.forward, '_inner', m.forward)
     def forward(x, *args, **kwargs):
         if not _counts(m): return inner(x, *args, **kwargs)
-        b,momentum,n = m._buffers,m.momentum,x.numel()//m.num_features
-        mine = _running(m)
+        momentum,mine,n = m.momentum,_running(m),x.numel()//m.num_features
         try:
-            (b['running_mean'],b['running_var'],b['num_batches_tracked']),m.__dict__['momentum'] = cap._lend(name, n)
+            lent,m.__dict__['momentum'] = cap._lend(name, n)
+            m._buffers.update(zip(_BUFFERS, lent))
             return inner(x, *args, **kwargs)
         except ValueError as e:
             if n == 1: raise _one_value(name, m, x) from e
             raise
         finally:
-            b['running_mean'],b['running_var'],b['num_batches_tracked'] = mine
+            m._buffers.update(zip(_BUFFERS, mine))
             m.__dict__['momentum'] = momentum
     forward._inner,forward._lend = inner,partial(cap._lend, name)
     return forward
 
-# %% ../nbs/00_moments.ipynb #0ea808b6
+# %% ../nbs/00_moments.ipynb #633e5a94
+def _surely(f, *args):
+    "`f(*args)`, and once more if it is interrupted"
+    try: return f(*args)
+    except BaseException: f(*args); raise
+
+def _put_back(before:list):
+    "What BN layers had: `forward`, None if it was their class's, momentum and buffers"
+    for m,forward,momentum,buffers in before:
+        m._buffers.update(zip(_BUFFERS, buffers))
+        m.__dict__['momentum'] = momentum
+        if forward is None: m.__dict__.pop('forward', None)
+        else: m.__dict__['forward'] = forward
+
 @contextmanager
 def _lending(layers:dict[str,nn.Module], cap):
     "Within, `layers` in training mode update the buffers that `cap` lends"
-    before = [(m,m.__dict__.get('forward')) for m in layers.values()]
+    before = [(m,m.__dict__.get('forward'),m.momentum,_running(m)) for m in layers.values()]
     try:
         for n,m in layers.items(): m.__dict__['forward'] = _borrowing(n, m, cap)
         yield cap
-    finally:
-        for m,f in before:
-            if f is None: m.__dict__.pop('forward', None)
-            else: m.__dict__['forward'] = f
+    finally: _surely(_put_back, before)
 
 def capture_moments(
     layers:dict[str,nn.Module], # BN layers by name, as `bn_layers` gives them
@@ -237,7 +249,7 @@ def capture_moments(
     "Within, `layers` in training mode leave their moments in the `BNCapture` that is yielded, not in the running statistics"
     return _lending(layers, BNCapture(layers))
 
-# %% ../nbs/00_moments.ipynb #8353f1dd
+# %% ../nbs/00_moments.ipynb #d88bdf9e
 @torch.no_grad()
 def update_running_stats(
     layers:dict[str,nn.Module], # BN layers by name
@@ -246,23 +258,24 @@ def update_running_stats(
     "Update the running statistics in place as one batch with these `moments` would have done. `KeyError` for moments of a layer that `layers` does not have"
     if not moments.counts: return
     ms = [layers[k] for k in moments.channels if k in moments.counts]
-    f = [_factor(m.num_batches_tracked, m.momentum) for m in ms]
-    for name,flat in ('running_mean',moments.all.mean),('running_var',moments.all.var()):
-        new = [o for k,o in zip(moments.channels, _split(flat, moments.channels)) if k in moments.counts]
-        old = [m._buffers[name] for m in ms]
-        torch._foreach_mul_(old, [1-o for o in f])
-        torch._foreach_add_(old, [n.to(o) for n,o in zip(torch._foreach_mul(new, f), old)])
+    f = [_factor(m.num_batches_tracked, m.momentum) for m in ms]*2
+    seen = [o for flat in (moments.all.mean,moments.all.var()) for k,o in zip(moments.channels, _split(flat, moments.channels)) if k in moments.counts]
+    old = [m._buffers[k] for k in ('running_mean','running_var') for m in ms]
+    new = torch._foreach_add(torch._foreach_mul(old, [1-o for o in f]), [n.to(o) for n,o in zip(torch._foreach_mul(seen, f), old)])
+    tracked = [o for m in ms if (o := m.num_batches_tracked) is not None]
+    torch._foreach_copy_(old, new)  # all of them or, after an interrupt, none
+    if tracked: torch._foreach_add_(tracked, 1)
 
 def _factor(num_batches_tracked:Tensor|None, momentum:float|None) -> float:
-    "Count one more batch, and say how much it weighs"
-    if num_batches_tracked is not None: num_batches_tracked += 1
-    return momentum if momentum is not None else 1/float(num_batches_tracked)
+    "How much one more batch weighs"
+    return momentum if momentum is not None else 1/(float(num_batches_tracked)+1)
 
 @torch.no_grad()
 def _count_batch(moments:Moments, buffers:tuple, momentum:float|None):
     "Update `buffers` (mean, variance, number of batches) in place with one batch of these `moments`"
     mean,var,n = buffers
     f = _factor(n, momentum)
+    if n is not None: n += 1
     for old,new in (mean,moments.mean),(var,moments.var()): old.lerp_(new.to(old), f)
 
 # %% ../nbs/00_moments.ipynb #127344db

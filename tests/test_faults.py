@@ -1,6 +1,6 @@
 """What goes wrong, goes wrong anywhere: an error, an interrupt or a cancelled batch, epoch or fit at each point of a window, in each mode. Afterwards weights and
 running statistics are those of the last step that was made, nothing of ours is left on model, learner or interpreter, and the next fit is the fit that a new learner makes"""
-import copy, gc, multiprocessing, os, subprocess, sys, threading
+import copy, gc, linecache, multiprocessing, os, random, subprocess, sys, threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from fastai.vision.all import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
     CancelValidException, DataLoaders, Learner, SGD, TerminateOnNaNCallback, TfmdDL, load_learner)
 
-from fastai_bn.all import AccumulateGradBN, ActivationPager, MicroBatched, PreciseBN
+import fastai_bn
+from fastai_bn.all import AccumulateGradBN, ActivationPager, MicroBatched
 from conftest import F64, assert_same, conv_net, do_fit, get_dls, get_learner, labels, reference_fit, snapshot, tilted
 
 pytestmark = [pytest.mark.filterwarnings('ignore:A budget on the CPU', 'ignore:.*alone needs')]
@@ -427,3 +428,45 @@ def test_load_in_mid_fit(mode, event, tmp_path):
         for k in start:
             if 'running' in k: torch.testing.assert_close(first[k]-.9*start[k], ref[k]-.9*base[k], rtol=1e-9, atol=1e-11)  # the window's moments
     check(learn, mode, None, before)
+
+
+# --- An interrupt at any line of ours
+
+OURS = str(Path(fastai_bn.__file__).parent)
+LAST = {'_surely','close','_close','died'}  # what puts back, or runs in a weak reference's callback, from which Python lets nothing out. (And between `try` and what follows Python looks for no signal)
+
+def interrupted(learn, k=None):
+    "A fit with a `KeyboardInterrupt` at the `k`-th line of our code that is run. How many there were, and where it came"
+    n,where = 0,None
+    def local(frame, event, arg):
+        nonlocal n,where
+        if event == 'line' and frame.f_code.co_name not in LAST and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith(('try:','finally:')):
+            n += 1
+            if n == k:
+                where = frame.f_code.co_name,frame.f_lineno
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return local
+    sys.settrace(lambda frame, event, arg: local if frame.f_code.co_filename.startswith(OURS) else None)
+    try: do_fit(learn)
+    except KeyboardInterrupt: pass
+    finally: sys.settrace(None)
+    return n,where
+
+def is_step(state, states, i):
+    "The weights of step `i`; and its running statistics, or those of the step before, as these are written a moment later"
+    counted = [k for k in state if 'running' in k or 'num_batches' in k]
+    return all(torch.equal(v, states[i][k]) for k,v in state.items() if k not in counted) and all(
+        any(all(torch.equal(state[k], states[j][k]) for k in counted if name in k) for j in (i,i-1) if j >= 0) for name in ('running','num_batches'))
+
+@modes
+def test_an_interrupt_at_any_line(mode):
+    before,states = traces(),clean(mode)
+    n,_ = interrupted(make(mode))
+    lines = random.Random(mode).sample(range(1, n+1), 12*int(os.environ.get('FASTAI_BN_SOAK', 1)))
+    for k in lines:
+        learn = make(mode)
+        _,where = interrupted(learn, k)
+        assert where, k
+        assert any(is_step(learn.model.state_dict(), states, i) for i in range(len(states))), where
+        check(learn, mode, None, before)
