@@ -234,7 +234,7 @@ def _measure(model:nn.Module, batches, n:int, n_inp:int, bn_bs:int|None, frozen:
                              "Look for NaN or inf in the data and the weights")
     return layers,seen
 
-# %% ../nbs/04_precise.ipynb #7b7bc522
+# %% ../nbs/04_precise.ipynb #3736ad68
 def precise_bn(
     model:nn.Module,     # Any PyTorch model
     batches,             # Iterable of batches: a tensor [B, ...]; a tuple or list, first the model's inputs; a dict: those of its keys that `forward` takes
@@ -259,10 +259,13 @@ def precise_bn(
 
 @torch.no_grad()
 def _write(layers:dict, seen:_Seen|None):
-    "Write population statistics into the running statistics"
-    for k,o in () if seen is None else seen.moments.items():
-        layers[k].running_mean.copy_(o.mean)
-        layers[k].running_var.copy_(o.var())
+    "Write population statistics into the running statistics, all or none"
+    _copy_all([p for k,o in (() if seen is None else seen.moments.items()) for p in ((layers[k].running_mean,o.mean), (layers[k].running_var,o.var()))])
+
+def _copy_all(pairs:list):
+    "Copy the second of each pair into the first"
+    old,new = [a for a,_ in pairs],[b.to(a) for a,b in pairs]
+    if old: torch._foreach_copy_(old, new)
 
 # %% ../nbs/04_precise.ipynb #7d1ad944
 @patch
@@ -315,7 +318,7 @@ def precise_bn(self:Learner,
     _write(layers, seen)
     return res
 
-# %% ../nbs/04_precise.ipynb #f818e82f
+# %% ../nbs/04_precise.ipynb #1c451701
 def _running_stats(model:nn.Module) -> dict[str,Tensor]:
     "The buffers of all BN layers by their names in the model's state dict"
     return {f'{k}.{n}' if k else n:b for k,m in bn_layers(model).items() for n,b in m.named_buffers(recurse=False)}
@@ -335,7 +338,7 @@ def load_bn_state(
     own = _running_stats(model)
     wrong = [k for k in {**own, **state} if k not in own or k not in state or own[k].shape != state[k].shape]
     if wrong: raise ValueError(f"The state is of another model's BN layers: '{wrong[0]}' is missing, unknown or of another shape ({len(wrong)} such)")
-    for k,b in own.items(): b.copy_(state[k])
+    _copy_all([(b,state[k]) for k,b in own.items()])
 
 # %% ../nbs/04_precise.ipynb #32a28a76
 _OFF,_NOISE = .1,.25

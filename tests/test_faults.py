@@ -12,7 +12,7 @@ from fastai.vision.all import (Callback, CancelBackwardException, CancelBatchExc
     CancelValidException, DataLoaders, Learner, SGD, TerminateOnNaNCallback, TfmdDL, load_learner)
 
 import fastai_bn
-from fastai_bn.all import AccumulateGradBN, ActivationPager, MicroBatched
+from fastai_bn.all import AccumulateGradBN, ActivationPager, MicroBatched, precise_bn
 from conftest import F64, assert_same, conv_net, do_fit, get_dls, get_learner, labels, reference_fit, snapshot, tilted
 
 pytestmark = [pytest.mark.filterwarnings('ignore:A budget on the CPU', 'ignore:.*alone needs')]
@@ -112,17 +112,17 @@ class States(Callback):
 
 def same(a, b): return all(torch.equal(a[k], b[k]) for k in b)
 
-def check(learn, mode, step, before, exact=True):
+def check(learn, mode, step, before, between=False):
     "All is as after `step` steps, nothing is left, and the next fit is that of a new learner"
     assert traces() == before
     for m in learn.model.modules():
         assert 'forward' not in m.__dict__ and not m._forward_hooks and not m._forward_pre_hooks
         if isinstance(m, nn.modules.batchnorm._BatchNorm): assert m.momentum == .1
-    assert not {'all_batches','_do_one_batch','_backward'} & learn.__dict__.keys()
+    assert not {'_do_one_batch','_backward'} & learn.__dict__.keys()
     if learn.opt is not None: assert all(p.grad is None or not p.grad.any() for p in learn.model.parameters())
     Faulty.reset()
     cb = learn.accumulate_grad_bn
-    assert cb._window is cb._micro is cb._batches is None and 'order' not in vars(cb)
+    if not between: assert cb._window is cb._micro is cb._batches is None and 'order' not in vars(cb) and 'all_batches' not in vars(learn)
     if step is not None: assert same(learn.model.state_dict(), clean(mode)[step])
     learn.remove_cbs([c for c in learn.cbs if isinstance(c, At)])
     learn.dls.train.exc = learn.loss_func.exc = None
@@ -435,8 +435,8 @@ def test_load_in_mid_fit(mode, event, tmp_path):
 OURS = str(Path(fastai_bn.__file__).parent)
 LAST = {'_surely','close','_close','died'}  # what puts back, or runs in a weak reference's callback, from which Python lets nothing out. (And between `try` and what follows Python looks for no signal)
 
-def interrupted(learn, k=None):
-    "A fit with a `KeyboardInterrupt` at the `k`-th line of our code that is run. How many there were, and where it came"
+def interrupted(f, k=None):
+    "Call `f` with a `KeyboardInterrupt` at the `k`-th line of our code that is run. How many there were, and where it came"
     n,where = 0,None
     def local(frame, event, arg):
         nonlocal n,where
@@ -448,10 +448,14 @@ def interrupted(learn, k=None):
                 raise KeyboardInterrupt
         return local
     sys.settrace(lambda frame, event, arg: local if frame.f_code.co_filename.startswith(OURS) else None)
-    try: do_fit(learn)
+    try: f()
     except KeyboardInterrupt: pass
     finally: sys.settrace(None)
     return n,where
+
+def lines(n, times):
+    "Where to interrupt; all tests of this kind more often with FASTAI_BN_SOAK=10"
+    return random.Random(n).sample(range(1, n+1), min(n, times*int(os.environ.get('FASTAI_BN_SOAK', 1))))
 
 def is_step(state, states, i):
     "The weights of step `i`; and its running statistics, or those of the step before, as these are written a moment later"
@@ -462,11 +466,47 @@ def is_step(state, states, i):
 @modes
 def test_an_interrupt_at_any_line(mode):
     before,states = traces(),clean(mode)
-    n,_ = interrupted(make(mode))
-    lines = random.Random(mode).sample(range(1, n+1), 12*int(os.environ.get('FASTAI_BN_SOAK', 1)))
-    for k in lines:
+    n,_ = interrupted(lambda: do_fit(make(mode)))
+    for k in lines(n, 12):
         learn = make(mode)
-        _,where = interrupted(learn, k)
-        assert where, k
+        _,where = interrupted(lambda: do_fit(learn), k)
+        if not where: continue  # there may be a few lines less: the garbage collector's calls
         assert any(is_step(learn.model.state_dict(), states, i) for i in range(len(states))), where
-        check(learn, mode, None, before)
+        check(learn, mode, None, before, between=True)  # between the beginning of an epoch and that of its loop nobody closes; the next fit does
+        assert learn.accumulate_grad_bn._window is None and 'all_batches' not in vars(learn)
+
+def interrupts(make, f, times):
+    "`f(make())` with an interrupt at `times` of its lines: yields what was made"
+    n,_ = interrupted(lambda: f(make()))
+    for k in lines(n, times):
+        o = make()
+        if interrupted(lambda: f(o), k)[1]: yield o
+
+def test_precise_bn_writes_all_or_nothing():
+    before,batches = traces(),tilted(12).split(4)
+    make = lambda: conv_net()
+    old,want = snapshot(make()),make()
+    precise_bn(want, batches, progress=False)
+    for m in interrupts(make, lambda m: precise_bn(m, batches, progress=False, budget=2**14), 30):
+        assert same(m.state_dict(), old) or same(m.state_dict(), want.state_dict())
+        assert all(o.training for o in m.modules()) and not any('forward' in vars(o) or o._forward_hooks for o in m.modules())
+        assert traces() == before
+        precise_bn(m, batches, progress=False)
+        assert same(m.state_dict(), want.state_dict())
+
+@pytest.mark.parametrize('micro_bs', [None,3])
+def test_pager_and_lock_step_in_a_plain_loop(micro_bs):
+    before,xs,ys = traces(),tilted(8),labels(8)
+    def make(): m = conv_net(); return m,MicroBatched(m, micro_bs) if micro_bs else m,ActivationPager(2**14)
+    def step(o):
+        with o[2]: F.cross_entropy(o[1](xs), ys).backward()
+    want = make()
+    step(want)
+    old = snapshot(make()[0])
+    for o in interrupts(make, step, 40):
+        m = o[0]
+        assert traces() == before and not any('forward' in vars(k) for k in m.modules())
+        assert all(k.momentum == .1 for k in (m[1],m[4]))
+        m.load_state_dict(old); m.zero_grad()
+        step(o)
+        assert same(m.state_dict(), want[0].state_dict()) and all(torch.equal(p.grad, q.grad) for p,q in zip(m.parameters(), want[0].parameters()))
