@@ -8,7 +8,7 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from fastai.vision.all import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
+from fastai.vision.all import (Adam, Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
     CancelValidException, DataLoaders, Learner, SGD, TerminateOnNaNCallback, TfmdDL, load_learner)
 
 import fastai_bn
@@ -510,3 +510,43 @@ def test_pager_and_lock_step_in_a_plain_loop(micro_bs):
         m.load_state_dict(old); m.zero_grad()
         step(o)
         assert same(m.state_dict(), want[0].state_dict()) and all(torch.equal(p.grad, q.grad) for p,q in zip(m.parameters(), want[0].parameters()))
+
+
+# --- Saved in mid-window, loaded in a new process
+
+def saving(path):
+    "In the middle of the second window"
+    for mode in MODES:
+        learn = make(mode, At('after_batch', k + (k-1)//2 if (k := per_window(mode)) > 1 else 0, lambda l: l.save(path/mode, with_opt=True)), opt_func=Adam)
+        do_fit(learn)
+
+def going_on(path):
+    for mode in MODES:
+        learn = make(mode, opt_func=Adam)
+        learn.load(path/mode, with_opt=True)
+        do_fit(learn)
+        torch.save(learn.model.state_dict(), path/f'{mode}-done.pth')
+
+def test_a_new_process_goes_on_after_the_last_step(tmp_path):
+    "Weights, running statistics and the optimizer are there; the window under way is not, and begins anew"
+    saving(tmp_path)
+    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', f'import torch, test_faults, pathlib; torch.set_num_threads(1); test_faults.going_on(pathlib.Path({str(tmp_path)!r}))'],
+                         cwd=Path(__file__).parent, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr[-3000:]
+    for mode in MODES:
+        learn = make(mode, opt_func=Adam)
+        all,learn.dls = learn.dls,get_dls(tilted(N)[:16], labels(N)[:16], BS)
+        do_fit(learn)  # the first window
+        saved = torch.load(tmp_path/f'{mode}.pth', weights_only=False)['model']
+        assert same(saved, snapshot(learn.model))
+        learn.dls = all
+        do_fit(learn)
+        assert same(torch.load(tmp_path/f'{mode}-done.pth'), learn.model.state_dict())
+
+@modes
+def test_start_epoch(mode):
+    learn,cb = make(mode),States()
+    learn.add_cb(cb)
+    do_fit(learn, 3, start_epoch=2)
+    assert len(cb.states) == 3 and same(cb.states[2], clean(mode)[2])
+    check(learn, mode, 2, traces())
