@@ -1,9 +1,13 @@
-import filecmp
+import csv, filecmp, io, os, re, resource, struct, sys, tempfile, tracemalloc, zlib
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
+from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from fastai.vision.all import aug_transforms, load_learner, resnet18, vision_learner
 
+import fastai_bn
 from fastai_bn.hpa import *
 from fastai_bn.hpa import _draw, _drawn, _read_csv, _split
 
@@ -178,7 +182,7 @@ def test_training_augmentation_export_predict(made, tmp_path):
 def test_no_folder_no_csv(tmp_path):
     with pytest.raises(FileNotFoundError, match='train.csv is missing'): HPADataLoaders.from_folder(tmp_path)
 
-@pytest.mark.parametrize('text,match', [('', 'no csv'), ('Id,Target\n', 'is empty'), ('Id,Target\na,1,2\n', "'a,1,2' has 3 fields"), ('Id,Target\na\n', 'has 1 field'), ('Id,Target\na\0b,1\n', 'Id|csv'), ('a,b\n1,2\n', 'needs Id and Target'), ('Id,Target\nx,1\nx,2\n', "'x' stands there more than once")])
+@pytest.mark.parametrize('text,match', [('', 'needs Id and Target'), ('Id,Target\n', 'is empty'), ('Id,Target\na,1,2\n', "'a,1,2' has 3 fields"), ('Id,Target\na\n', 'has 1 field'), ('Id,Target\na\0b,1\n', 'Id|csv'), ('a,b\n1,2\n', 'needs Id and Target'), ('Id,Target\nx,1\nx,2\n', "'x' stands there more than once")])
 def test_bad_csv(small, text, match):
     (small/'train.csv').write_text(text)
     with pytest.raises(ValueError, match=match): HPADataLoaders.from_folder(small)
@@ -228,7 +232,7 @@ def test_a_size_that_is_none(small):
     with pytest.raises(ValueError, match='size=0'): LoadHPA(small/'train', 0)
 
 def test_a_file_that_is_gone(small):
-    with pytest.raises(ValueError, match='nobody_red.png cannot be read as an image'): LoadHPA(small/'train').encodes('nobody')
+    with pytest.raises(ValueError, match='nobody_red.png cannot be read as a PNG image'): LoadHPA(small/'train').encodes('nobody')
 
 @pytest.mark.parametrize('valid_pct', [0, 1, -.1, 2])
 def test_bad_valid_pct(small, valid_pct):
@@ -237,3 +241,110 @@ def test_bad_valid_pct(small, valid_pct):
 def test_a_single_image(small):
     rewrite(small, Id=ids(small)[:1], Target=['1'])
     with pytest.raises(ValueError, match='at least 2'): HPADataLoaders.from_folder(small)
+
+
+# --- Hostile input: clear errors, nothing opened outside the folder, no memory taken
+
+_opened = None
+def _note_open(event, args):
+    if event == 'open' and _opened is not None and isinstance(args[0], (str,bytes,Path)): _opened.append(os.path.realpath(os.fsdecode(args[0])))
+sys.addaudithook(_note_open)  # Python's, for good
+
+@contextmanager
+def only_within(path):
+    "Files that are opened within are inside `path`"
+    global _opened
+    _opened = []
+    try: yield
+    finally: names,_opened = _opened,None
+    assert not [o for o in names if not o.startswith((os.path.realpath(path), sys.prefix, sys.base_prefix, os.path.realpath(Path(fastai_bn.__file__).parent)))], names
+
+@contextmanager
+def at_most(n):
+    "Memory that Python takes within, in bytes"
+    tracemalloc.start()
+    try: yield
+    finally: peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+    assert peak < n, peak
+
+def png(width, height, *chunks, bits=8, colour=0):
+    chunk = lambda k,d: struct.pack('>I', len(d)) + k + d + struct.pack('>I', zlib.crc32(k+d))
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, bits, colour, 0, 0, 0)) + b''.join(chunk(*o) for o in chunks) + chunk(b'IEND', b'')
+
+BOMBS = {'gigapixel header': png(40_000, 40_000, (b'IDAT', zlib.compress(b'\0'*1000))), 'header of 2**31 by 2**31': png(2**31-1, 2**31-1), 'just above the limit': png(8192, 8193, (b'IDAT', zlib.compress(b'\0'*1000))),
+         'no pixels': png(0, 0), 'text that unpacks to 1 GB': png(32, 32, (b'zTXt', b'a\0\0' + zlib.compress(bytes(2**30), 9)), (b'IDAT', zlib.compress(bytes(33*32)))),
+         'profile that unpacks to 1 GB': png(32, 32, (b'iCCP', b'a\0\0' + zlib.compress(bytes(2**30), 9))), 'PostScript': b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(/etc/passwd) run\n',
+         'a GIF': b'GIF89a\x01\x00\x01\x00\x80\x00\x00\xff\xff\xff\x00\x00\x00,\x00\x00\x00\x00\x01\x00\x01\x00\x00\x02\x02D\x01\x00;'}
+
+@pytest.mark.parametrize('name', BOMBS)
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+def test_image_bombs(small, name):
+    i = ids(small)[0]
+    (small/'train'/f'{i}_red.png').write_bytes(BOMBS[name])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with only_within(small), at_most(2**26):
+        if name.startswith('profile'):  # Pillow leaves out what it cannot unpack
+            with suppress(ValueError): LoadHPA(small/'train', 32).encodes(i)
+        else:
+            with pytest.raises(ValueError, match=f'{i}_red.png cannot be read as a PNG'): LoadHPA(small/'train', 32).encodes(i)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17  # kB
+
+TABLES = {'a million columns': ','.join(['Id','Target']+['x']*10**6) + '\n' + ','.join(['a','1']+['x']*10**6) + '\n', 'a row of a million fields': 'Id,Target\n' + 'a,'*10**6 + '\n', 'a line of 10 MB': 'Id,Target\n' + 'a'*10**7,
+          'a quoted field without an end': 'Id,Target\n"' + 'a\n'*10**6, 'NUL in an Id': 'Id,Target\na\0,1\n', 'NUL everywhere': '\0'*10**6, 'NUL in a label': 'Id,Target\na,1\0\n', 'many columns of that name': 'Id,'*1000 + 'Target\n' + 'a,'*1000 + '1\n',
+          'a label of 50,000 digits': 'Id,Target\na,' + '9'*50_000, 'an Id of 60,000 letters': 'Id,Target\n' + 'a'*60_000 + ',1\n', 'a formula': 'Id,Target\n=cmd|calc,1\n'}
+TABLES = {**{k:v.encode() for k,v in TABLES.items()}, 'UTF-16': 'Id,Target\na,1\n'.encode('utf-16'), 'Latin-1': 'Id,Target\n\xe4\xf6,1\n'.encode('latin-1'), 'UTF-8, then Latin-1': 'Id,Target\nä,1\n'.encode() + 'ö,2\n'.encode('latin-1'),
+          'random': bytes(np.random.default_rng(0).integers(0, 256, 10**5, dtype=np.uint8))}
+
+@pytest.mark.parametrize('name', TABLES)
+def test_hostile_tables(small, name):
+    (small/'train.csv').write_bytes(TABLES[name])
+    with only_within(small), at_most(2**24), pytest.raises((ValueError,FileNotFoundError)) as e: HPADataLoaders.from_folder(small, size=32)
+    assert len(str(e.value)) < 70_000 if 'an Id' in name else len(str(e.value)) < 1000
+
+ESCAPES = ['../train', '../../etc/passwd', '/etc/passwd', '..', '.', '', 'a/b', 'a\\b', '~', '~root', 'C:', 'file:x', 'a\0', 'a\n', 'a\u2044b', '%2e%2e%2f', '-rf *', '$HOME', '`id`', 'a;b', '\u202egnp']
+
+@pytest.mark.parametrize('i', ESCAPES)
+def test_an_id_leads_nowhere_else(small, i):
+    with only_within(small), pytest.raises(ValueError, match='plain file name'): LoadHPA(small/'train', 32).encodes(i)
+    with (small/'train.csv').open('w', newline='') as f: csv.writer(f).writerows([('Id','Target'), ('ok',1), (i,2)])
+    with only_within(small), pytest.raises(ValueError): HPADataLoaders.from_folder(small, size=32)
+
+def test_a_pipe_is_no_file(small):
+    i = ids(small)[0]
+    (small/'train'/f'{i}_red.png').unlink()
+    os.mkfifo(small/'train'/f'{i}_red.png')  # whoever opens it waits for ever
+    with pytest.raises(FileNotFoundError, match=f'{i}_red.png'): HPADataLoaders.from_folder(small, size=32)
+
+fuzz = settings(derandomize=True, deadline=None, max_examples=300, database=None, suppress_health_check=list(HealthCheck))
+pieces = st.sampled_from(['Id','Target','Id,Target\n','a','0000-000000','../x','1','27 3','28',',','\n','\r\n','\r','"','""','\0','\ufeff',' ','\t',';','é','/','..'])
+
+@fuzz
+@given(st.one_of(st.binary(max_size=200), st.lists(pieces, max_size=40).map(lambda o: ''.join(o).encode()), st.lists(pieces, max_size=40).map(lambda o: 'Id,Target\n'.encode() + ''.join(o).encode())))
+def test_any_table_is_read_or_refused(data):
+    with tempfile.TemporaryDirectory() as d:
+        (Path(d)/'train').mkdir()
+        (Path(d)/'train.csv').write_bytes(data)
+        with only_within(d):
+            try: names,targets = _read_csv(Path(d))
+            except ValueError as e: assert 'train.csv' in str(e) or 'plain file name' in str(e)
+            else:
+                assert len(names) == len(set(names)) == len(targets) > 0
+                assert all(re.fullmatch(r'\w[\w.-]*|-[\w.-]*', i) for i in names) and all(set(t) <= set(HPA_LABELS) for t in targets)
+            with pytest.raises((ValueError,FileNotFoundError)): HPADataLoaders.from_folder(d, size=16)  # there is no image
+
+_image = io.BytesIO()
+Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16,16)).save(_image, 'PNG')
+
+@fuzz
+@given(st.lists(st.tuples(st.integers(0, len(_image.getvalue())-1), st.integers(0, 255)), max_size=6), st.integers(0, 40), st.booleans())
+def test_any_image_is_read_or_refused(changes, cut, fix):
+    data = bytearray(_image.getvalue())
+    for k,v in changes: data[k] = v
+    if fix and len(data) > 33: data[29:33] = struct.pack('>I', zlib.crc32(bytes(data[12:29])))  # the header's checksum, so that what it says is believed
+    data = bytes(data[:len(data)-cut] if cut < 30 else data)
+    with tempfile.TemporaryDirectory() as d:
+        (Path(d)/'x_red.png').write_bytes(data)
+        with only_within(d):
+            try: x = LoadHPA(d, 16, channels='r').encodes('x')
+            except ValueError as e: assert 'x_red.png' in str(e)
+            else: assert x.shape == (1,16,16) and x.dtype == torch.float32 and 0 <= x.min() <= x.max() <= 1
