@@ -189,7 +189,7 @@ class _BNBatches(GetAttr):
         self.ends = True  # fewer than were promised
         if parts and self.last=='step': yield _joined(parts)
 
-# %% ../nbs/01_accumulate.ipynb #95db3ce9
+# %% ../nbs/01_accumulate.ipynb #35799c92
 @patch
 def before_train(self:AccumulateGradBN):
     "Check that windows can be made of this epoch, and open the first"
@@ -197,8 +197,8 @@ def before_train(self:AccumulateGradBN):
         self.__dict__.pop('order', None)
         if self._in_epoch: raise RuntimeError("A fit within a training epoch of the same learner would end that epoch's window, and leave the learner "
             "without its batch. Do so in after_epoch, or with a copy of the learner")
-        if 'all_batches' not in vars(self.learn): raise RuntimeError("AccumulateGradBN missed the beginning of this epoch: it was added in before_epoch, or another fit "
-            "of this learner ran there. Do so before the fit or in after_epoch")
+        if 'all_batches' not in vars(self.learn): raise RuntimeError("AccumulateGradBN missed the beginning of this epoch: it was added in before_epoch, or a fit or "
+            "validation of this learner ran there. Do so before the fit or in after_epoch")
         self._check(self.dl)
         if self.bn_bs is not None: self.learn.dl = self._batches = self._rebatched(self.dl)
         self._n_iter,self._layers,self._window = len(self.dl),bn_layers(self.model),_Window()
@@ -288,12 +288,13 @@ def _patched(obj, name:str, value):
         yield
     finally: _surely(*(obj.__dict__.pop, name, None) if before is missing else (obj.__dict__.__setitem__, name, before))
 
-# %% ../nbs/01_accumulate.ipynb #24e02197
+# %% ../nbs/01_accumulate.ipynb #48df992f
 @patch
 def before_epoch(self:AccumulateGradBN):
     "Take the training loop over"
     if not self._in_epoch:  # but in somebody's `learn.validate`
-        for k in '_do_one_batch','_backward': self.learn.__dict__.pop(k, None)  # this learner was exported in mid-window
+        for k,f in ('_do_one_batch',_one_batch),('_backward',_backward):  # ours are there if this learner was exported in mid-window
+            if getattr(vars(self.learn).get(k), 'func', None) is f: del self.learn.__dict__[k]
         self.order = 12
     self.learn.all_batches = partial(_all_batches, self, self.learn)
 
@@ -350,7 +351,7 @@ def _backward(cb:AccumulateGradBN, learn:Learner):
     cb._micro.backward = True
     with cb._micro.paging, capture_moments(cb._layers): type(learn)._backward(learn)
 
-# %% ../nbs/01_accumulate.ipynb #aaa7bfa8
+# %% ../nbs/01_accumulate.ipynb #7dba0a01
 @patch
 def after_loss(self:AccumulateGradBN):
     "Scale the loss to its share of the window"
@@ -376,10 +377,15 @@ def _all_ranks(self:AccumulateGradBN, x:float) -> tuple[float,int]:
     if not self._distributed: return x,1
     return self._all_reduced(x, self.model.process_group, dist.ReduceOp.SUM),dist.get_world_size(self.model.process_group)
 
+@patch(as_prop=True)
+def _group(self:AccumulateGradBN):
+    "The processes over which `SyncBatchNorm` layers normalise now; None: there are none"
+    return next((g for m in self._layers.values() if m.training and (g := _group(m)) is not None), None)
+
 @patch
 def _largest(self:AccumulateGradBN, d:float) -> float:
     "The largest `d` of the processes over which `SyncBatchNorm` normalises: it mixes their gradients, so they have to be divided by the same"
-    group = next((g for m in self._layers.values() if (g := _group(m)) is not None), None)
+    group = self._group
     return d if group is None else self._all_reduced(d, group, dist.ReduceOp.MAX)
 
 @patch
@@ -389,11 +395,12 @@ def _all_reduced(self:AccumulateGradBN, x:float, group, op) -> float:
     dist.all_reduce(t, op, group)
     return t.item()
 
-# %% ../nbs/01_accumulate.ipynb #db337ebf
+# %% ../nbs/01_accumulate.ipynb #d74ae2de
 @patch
 def _zero_loss(self:AccumulateGradBN) -> Tensor:
-    "A loss with a gradient of zero, whatever was predicted. It goes through the model: other processes may wait in its backward pass"
-    return sum((p*0).sum() for p in tree_iter(self.pred) if isinstance(p, Tensor) and p.requires_grad)
+    "A loss with a gradient of zero, whatever was predicted. With several processes it goes through the model: others may wait in its backward pass"
+    through = [p for p in tree_iter(self.pred) if isinstance(p, Tensor)] if self._distributed or self._group is not None else []
+    return sum((p*0).sum() for p in through or self.model.parameters() if p.requires_grad)
 
 @patch
 def _rescale(self:AccumulateGradBN, scale:float):
@@ -409,7 +416,10 @@ def after_batch(self:AccumulateGradBN):
     if self._micro is not None and self._micro.denominator == 0 and not self._distributed: self.learn.yb = ()
 
 @patch
-def after_cancel_backward(self:AccumulateGradBN): "No gradient, no weight"; self._micro.denominator = 0.
+def after_cancel_backward(self:AccumulateGradBN):
+    "No gradient, no weight. Gradients that were to be all-reduced now are not, so there is no step"
+    self._micro.denominator = 0.
+    if self._distributed: self._window.all = None
 
 @patch
 def after_backward(self:AccumulateGradBN):
@@ -464,17 +474,15 @@ def after_cancel_batch(self:AccumulateGradBN):
     self._micro,self._window.all = None,None
     if m.backward: self.opt.zero_grad(); self._window = _Window()
 
-# %% ../nbs/01_accumulate.ipynb #7a44f72b
+# %% ../nbs/01_accumulate.ipynb #ed7f44d0
 @patch
 def before_fit(self:AccumulateGradBN):
     "Let `lr_find` make `num_it` optimizer steps"
     f = next((cb for cb in self.learn.cbs if isinstance(cb, LRFinder)), None)
     if f is None or 'n_step' in vars(f): return
-    dl = self.dls.train
-    if hasattr(self.learn, 'distributed_trainer') and not hasattr(dl, 'world_size'):
-        from fastai.distributed import DistributedDL  # needs accelerate
-        dl = DistributedDL(dl)  # this process's share, as it will be
-    self._check(dl)
+    if hasattr(self.learn, 'distributed_trainer') and num_distrib() > 1:
+        raise ValueError("lr_find within distrib_ctx would wait for ever: fastai brings the model back in the first process only, in a meeting of all. Call it before, in one process")
+    self._check(dl := self.dls.train)
     n_iter = len(self._rebatched(dl))
     epochs,rest = divmod(f.num_it-1, self._n_windows(dl))
     f.n_step,f.num_it = self.n_step,epochs*n_iter + min((rest+1)*self._per_step, n_iter)

@@ -141,12 +141,17 @@ class _Scratch:
         n = n.repeat_interleave(torch.tensor(_widths(self.channels), device=device), output_size=len(mean))
         return BNMoments(self.channels, {k:o for k,o in counts.items() if o}, Moments(n, mean, var*(n-1).clamp_(min=0)))
 
-# %% ../nbs/00_moments.ipynb #d2fdd081
+# %% ../nbs/00_moments.ipynb #387dae3e
 def _group(m:nn.Module):
     "The process group over which BN layer `m` normalises in training mode; None: this process alone"
     if not (isinstance(m, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized()): return None
     group = m.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
+
+def _surely(f, *args):
+    "`f(*args)`, and once more if it is interrupted"
+    try: return f(*args)
+    except BaseException: f(*args); raise
 
 @contextmanager
 def _alone(layers:Iterable[nn.Module]):
@@ -155,8 +160,7 @@ def _alone(layers:Iterable[nn.Module]):
     try:
         for m,_ in before: m.process_group = dist.GroupMember.NON_GROUP_MEMBER
         yield
-    finally:
-        for m,g in before: m.process_group = g
+    finally: _surely(lambda: [setattr(m, 'process_group', g) for m,g in before])
 
 def _all_counts(counts:dict[str,int], layers:dict[str,nn.Module]) -> dict[str,int]:
     "Values per channel that each layer normalised together: with `SyncBatchNorm` those of all processes"
@@ -220,12 +224,7 @@ def _borrowing(name:str, m:nn.Module, cap):
     forward._inner,forward._lend = inner,partial(cap._lend, name)
     return forward
 
-# %% ../nbs/00_moments.ipynb #633e5a94
-def _surely(f, *args):
-    "`f(*args)`, and once more if it is interrupted"
-    try: return f(*args)
-    except BaseException: f(*args); raise
-
+# %% ../nbs/00_moments.ipynb #6e712e7f
 def _put_back(before:list):
     "What BN layers had: `forward`, None if it was their class's, momentum and buffers"
     for m,forward,momentum,buffers in before:

@@ -267,7 +267,7 @@ def _copy_all(pairs:list):
     old,new = [a for a,_ in pairs],[b.to(a) for a,b in pairs]
     if old: torch._foreach_copy_(old, new)
 
-# %% ../nbs/04_precise.ipynb #7d1ad944
+# %% ../nbs/04_precise.ipynb #d0db8633
 @patch
 def _measured(self:Learner, n:int, dl, bn_bs:int|None, frozen:bool, budget, progress:bool) -> tuple[dict,_Seen|None]:
     "`_measure` with the learner's model, data, precision and BN batch"
@@ -275,7 +275,7 @@ def _measured(self:Learner, n:int, dl, bn_bs:int|None, frozen:bool, budget, prog
     ranks = max((dist.get_world_size(g) for m in bn_layers(self.model).values() if (g := _group(m)) is not None), default=1)
     if bn_bs is None and cb is not None and cb.bn_bs is not None:
         bn_bs,budget = min(cb._per_bn_batch*ranks, 128),cb.budget if budget is None else budget
-    elif bn_bs is None and ranks > 1 and _bs(train): bn_bs = min(_bs(train)*ranks, 128)
+    elif bn_bs is None and ranks > 1 and _bs(train): bn_bs = max(_bs(train), min(_bs(train)*ranks, 32))
     with _rng_kept():
         dl = train.new(drop_last=False, **_as_trained(train)) if dl is None and isinstance(train, DataLoader) else \
              train if dl is None else _undistributed(dl).new(drop_last=False) if isinstance(dl, DataLoader) else dl
@@ -300,12 +300,12 @@ def _precision(learn:Learner):
     cb = next((cb for cb in learn.cbs if isinstance(cb, MixedPrecision)), None)
     return nullcontext() if cb is None else torch.autocast('cuda', dtype=torch.bfloat16 if cb.amp_mode == AMPMode.BF16 else torch.float16)
 
-# %% ../nbs/04_precise.ipynb #348b405d
+# %% ../nbs/04_precise.ipynb #c2f48563
 @patch
 def precise_bn(self:Learner,
     n:int=10_000,        # At least this many samples, or all there are
     dl=None,             # DataLoader to compute from. None: the training set with its transforms, shuffled, nothing dropped (one of PyTorch's as it is)
-    bn_bs:int|None=None, # Samples per BN batch, to which batches are joined or cut. None: that of `AccumulateGradBN(bn_bs=...)`, up to 128, or as the DataLoader gives them
+    bn_bs:int|None=None, # Samples per BN batch, to which batches are joined or cut. None: that of `AccumulateGradBN(bn_bs=...)`, up to 128, or as the DataLoader gives them; with `SyncBatchNorm` of all processes, in the latter case up to 32
     frozen:bool=False,   # Update layers, too, that have affine parameters none of which requires a gradient?
     budget=None,         # Device memory for activations, as for `ActivationPager`. None: that of `AccumulateGradBN` with its `bn_bs`, or no limit
 ) -> pd.DataFrame:       # A row per BN layer: name, channels, samples, values per channel; how its statistics were off before; batch noise

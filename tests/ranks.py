@@ -1,17 +1,17 @@
 "What each of several processes does: `accelerate launch tests/ranks.py FOLDER` runs all of `jobs`, and writes what they return to FOLDER/RANK.pkl"
-import copy, pickle, sys, warnings
+import pickle, sys, warnings
 from pathlib import Path
 
 import pytest, torch, torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from fastai.basics import Callback, SGD
+from fastai.basics import Callback, CancelBackwardException, CancelBatchException
 from fastai.distributed import DistributedTrainer
-from fastai.callback.schedule import LRFinder
+from fastai.callback.schedule import *
 
-from fastai_bn.all import AccumulateGradBN, MicroBatched, ActivationPager, PreciseBN, precise_bn, bn_layers, capture_moments
-from conftest import Inputs, conv_net, do_fit, get_dls, get_learner, labels, snapshot, tilted
+from fastai_bn.all import AccumulateGradBN, MicroBatched, ActivationPager, PreciseBN, bn_layers, capture_moments
+from conftest import conv_net, do_fit, get_dls, get_learner, labels, snapshot, tilted
 
 N,BS,STEP = 64,2,8
 MODES = dict(none={}, one=dict(bn_bs=1), eight=dict(bn_bs=8), window=dict(bn_bs='window'), budget=dict(bn_bs='window', budget=2**14), pieces=dict(bn_bs='window', micro_bs=3),
@@ -64,13 +64,19 @@ def statistics(sync_bn):
         table = learn.precise_bn()
     return dict(after=after, report=report, table=table, few=few, state=snapshot(learn.model))
 
-def plain_loop(micro_bs, sync_bn):
+class CancelAt(Callback):
+    "All processes cancel the same batch"
+    def __init__(self, event, at, exc): self.at,self.exc = at,exc; setattr(self, event, self._cancel)
+    def _cancel(self):
+        if self.training and self.iter == self.at: raise self.exc
+
+def plain_loop(micro_bs, sync_bn, sizes=(N//2,N//2)):
     "`MicroBatched` in DistributedDataParallel, without fastai"
     model = conv_net()
     if sync_bn: model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     ddp = DistributedDataParallel(MicroBatched(model, micro_bs) if micro_bs else model)
-    xs,ys = [o.chunk(2)[dist.get_rank()] for o in data()]
-    with ActivationPager(2**14): F.cross_entropy(ddp(xs), ys).backward()
+    xs,ys = [o[:sum(sizes)].split(sizes)[dist.get_rank()] for o in data()]
+    with ActivationPager(2**14): (F.cross_entropy(ddp(xs), ys, reduction='sum')*2/sum(sizes)).backward()
     return dict(grads={k:p.grad for k,p in model.named_parameters()}, state=snapshot(model))
 
 def captured():
@@ -82,11 +88,8 @@ def captured():
 
 def lr_find(kw):
     learn = get_learner(get_dls(*data(), BS), conv_net(), [AccumulateGradBN(4, **kw), Watch()], path=Path(sys.argv[1])/str(dist.get_rank()))
-    # LRFinder restores the model in the first process only, and that one waits for the others: without us, too
-    with pytest.MonkeyPatch.context() as mp, learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_logging():
-        mp.setattr(LRFinder, 'after_fit', lambda self: self.learn.opt.zero_grad())
-        learn.lr_find(num_it=11, show_plot=False, stop_div=False, suggest_funcs=())
-    return dict(steps=learn.watch.steps)
+    with pytest.raises(ValueError, match='in one process'), learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_logging(): learn.lr_find(num_it=11, show_plot=False)
+    return 'refused'
 
 def again():
     "A fit in the context, one after it, and a frozen layer"
@@ -102,6 +105,8 @@ jobs = dict(
     **{f'{s} {k}, empty {e}': (lambda kw=kw,idx=idx,s=s: fit(kw, s=='sync', idx)) for e,idx in EMPTY.items() for k,kw in MODES.items() if k in ('none','window','pieces') for s in ('sync','own')},
     **{f'statistics {s}': (lambda s=s: statistics(s)) for s in (True,False)},
     **{f'loop {m} {s}': (lambda m=m,s=s: plain_loop(m, s)) for m in (None,3) for s in (True,False)},
+    **{f'loop {m} {sizes}': (lambda m=m,sizes=sizes: plain_loop(m, True, sizes)) for m in (None,4) for sizes in ((8,3),(2,9))},
+    **{f'cancel {e} {k}': (lambda e=e,at=at,x=x,k=k: fit(MODES[k], True, cbs=[CancelAt(e, at[k], x())], epochs=1)) for e,at,x in (('before_backward',dict(none=7,eight=1),CancelBackwardException), ('before_batch',dict(none=15,eight=3),CancelBatchException)) for k in ('none','eight')},
     **{f'lr_find {k}': (lambda kw=MODES[k]: lr_find(kw)) for k in ('none','window','eight')},
     single=single_values, captured=captured, again=again)
 

@@ -1,6 +1,5 @@
 "Mixed precision: fastai's callback, with the autocast and the scaler of the CPU (its own are CUDA's)"
 import pytest, torch
-from torch import nn
 from fastai.vision.all import Adam, Callback, MixedPrecision, SGD
 
 from fastai_bn.all import AccumulateGradBN

@@ -7,7 +7,6 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 
-import fastai_bn.all
 from fastai_bn.all import AccumulateGradBN
 from conftest import assert_pristine, assert_same, conv_net, do_fit, get_dls, get_learner, labels, reference_fit, tilted, windows_of
 from fastai.basics import Callback
