@@ -351,7 +351,7 @@ def _backward(cb:AccumulateGradBN, learn:Learner):
     cb._micro.backward = True
     with cb._micro.paging, capture_moments(cb._layers): type(learn)._backward(learn)
 
-# %% ../nbs/01_accumulate.ipynb #7dba0a01
+# %% ../nbs/01_accumulate.ipynb #7975d5e9
 @patch
 def after_loss(self:AccumulateGradBN):
     "Scale the loss to its share of the window"
@@ -378,16 +378,17 @@ def _all_ranks(self:AccumulateGradBN, x:float) -> tuple[float,int]:
     return self._all_reduced(x, self.model.process_group, dist.ReduceOp.SUM),dist.get_world_size(self.model.process_group)
 
 @patch(as_prop=True)
-def _group(self:AccumulateGradBN):
+def _sync_group(self:AccumulateGradBN):
     "The processes over which `SyncBatchNorm` layers normalise now; None: there are none"
     return next((g for m in self._layers.values() if m.training and (g := _group(m)) is not None), None)
 
 @patch
 def _largest(self:AccumulateGradBN, d:float) -> float:
     "The largest `d` of the processes over which `SyncBatchNorm` normalises: it mixes their gradients, so they have to be divided by the same"
-    group = self._group
+    group = self._sync_group
     return d if group is None else self._all_reduced(d, group, dist.ReduceOp.MAX)
 
+# %% ../nbs/01_accumulate.ipynb #14263e58
 @patch
 def _all_reduced(self:AccumulateGradBN, x:float, group, op) -> float:
     "What `op` makes of the `x` of all processes of `group`"
@@ -395,11 +396,10 @@ def _all_reduced(self:AccumulateGradBN, x:float, group, op) -> float:
     dist.all_reduce(t, op, group)
     return t.item()
 
-# %% ../nbs/01_accumulate.ipynb #d74ae2de
 @patch
 def _zero_loss(self:AccumulateGradBN) -> Tensor:
     "A loss with a gradient of zero, whatever was predicted. With several processes it goes through the model: others may wait in its backward pass"
-    through = [p for p in tree_iter(self.pred) if isinstance(p, Tensor)] if self._distributed or self._group is not None else []
+    through = [p for p in tree_iter(self.pred) if isinstance(p, Tensor)] if self._distributed or self._sync_group is not None else []
     return sum((p*0).sum() for p in through or self.model.parameters() if p.requires_grad)
 
 @patch
