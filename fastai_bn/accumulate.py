@@ -351,7 +351,7 @@ def _backward(cb:AccumulateGradBN, learn:Learner):
     cb._micro.backward = True
     with cb._micro.paging, capture_moments(cb._layers): type(learn)._backward(learn)
 
-# %% ../nbs/01_accumulate.ipynb #7975d5e9
+# %% ../nbs/01_accumulate.ipynb #d2cbea9f
 @patch
 def after_loss(self:AccumulateGradBN):
     "Scale the loss to its share of the window"
@@ -385,8 +385,7 @@ def _sync_group(self:AccumulateGradBN):
 @patch
 def _largest(self:AccumulateGradBN, d:float) -> float:
     "The largest `d` of the processes over which `SyncBatchNorm` normalises: it mixes their gradients, so they have to be divided by the same"
-    group = self._sync_group
-    return d if group is None else self._all_reduced(d, group, dist.ReduceOp.MAX)
+    return d if (g := self._sync_group) is None else self._all_reduced(d, g, dist.ReduceOp.MAX)
 
 # %% ../nbs/01_accumulate.ipynb #14263e58
 @patch
