@@ -387,12 +387,11 @@ def _largest(self:AccumulateGradBN, d:float) -> float:
     "The largest `d` of the processes over which `SyncBatchNorm` normalises: it mixes their gradients, so they have to be divided by the same"
     return d if (g := self._sync_group) is None else self._all_reduced(d, g, dist.ReduceOp.MAX)
 
-# %% ../nbs/01_accumulate.ipynb #14263e58
+# %% ../nbs/01_accumulate.ipynb #e81c2029
 @patch
 def _all_reduced(self:AccumulateGradBN, x:float, group, op) -> float:
     "What `op` makes of the `x` of all processes of `group`"
-    t = torch.tensor(x, dtype=torch.float64, device=next(self.model.parameters()).device)
-    dist.all_reduce(t, op, group)
+    dist.all_reduce(t := torch.tensor(x, dtype=torch.float64, device=next(self.model.parameters()).device), op, group)
     return t.item()
 
 @patch
