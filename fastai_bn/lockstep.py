@@ -287,7 +287,7 @@ class _LockStep:
                     order = order[::-1]
             finally: _surely(self.leave, tasks, self.spaces.now)
 
-# %% ../nbs/03_lockstep.ipynb #cb823ca0
+# %% ../nbs/03_lockstep.ipynb #5281013a
 @patch
 def check(self:_LockStep, tasks:list, at:list):
     "An error, unless all wait in the same place"
@@ -303,7 +303,7 @@ def leave(self:_LockStep, tasks:list, last:int):
     for i in [i for i,t in enumerate(tasks) if t]:
         self.spaces.switch(i)
         with suppress(Exception): tasks[i].throw()
-    self.spaces.switch(last)
+    if last is not None: self.spaces.switch(last)
     self.spaces.close()
 
 @patch
