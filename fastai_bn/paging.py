@@ -542,7 +542,7 @@ def close(self:_Block):
                                 "at the end of the block and are lost: free memory on the device, or keep fewer tensors") from error
     if error is not None and not isinstance(error, Exception): raise error
 
-# %% ../nbs/02_paging.ipynb #0890e364
+# %% ../nbs/02_paging.ipynb #fb1feb78
 class ActivationPager(TorchDispatchMode):
     """Keep the activations of any forward and backward within a budget of device memory; results stay the same bit for bit.
 
@@ -557,8 +557,8 @@ class ActivationPager(TorchDispatchMode):
         self._hook,self._copies,self._block,self._lock,self._limits,self._warned,self._rows = None,_Copies(),None,threading.RLock(),{},set(),math.inf
 
     def __enter__(self):
-        if self._block is not None or any(isinstance(o, ActivationPager) for o in _get_current_dispatch_mode_stack()):
-            raise RuntimeError("An ActivationPager is active already, and two cannot share a device: leave its block before you enter another")
+        if self._block is not None or any(isinstance(o, ActivationPager) for o in _get_current_dispatch_mode_stack()): raise RuntimeError(
+            "An ActivationPager is active already, and two cannot share a device: leave its block before you enter another")
         try:
             self._block = _Block(self._copies, self._limit_on, self.order if self._limit else None)
             self._hook = register_module_forward_pre_hook(self._block.note_module)
@@ -571,8 +571,7 @@ class ActivationPager(TorchDispatchMode):
         if exc[0] is None: self._learn(block)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(o.__torch_dispatch__ is not Tensor.__torch_dispatch__ for o in types):
-            return NotImplemented  # a wrapper subclass takes itself apart, and what it does with the tensors inside comes here
+        if any(o.__torch_dispatch__ is not Tensor.__torch_dispatch__ for o in types): return NotImplemented  # a wrapper subclass takes itself apart, and what it does with the tensors inside comes here
         with self._lock, torch._C.DisableTorchFunctionSubclass():  # a lock: backward has a thread per device
             block,kwargs = self._block,kwargs or {}
             own,writes = block.arguments(func, args, kwargs)
