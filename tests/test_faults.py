@@ -152,7 +152,7 @@ def iters(mode):
 
 # --- Errors, interrupts, cancellations
 
-ERRORS = [Boom, KeyboardInterrupt, SystemExit]
+ERRORS = [Boom, KeyboardInterrupt]
 
 @modes
 @pytest.mark.parametrize('exc', ERRORS)
@@ -174,8 +174,7 @@ def test_errors_in_model_loss_and_data(mode, exc):
 EVENTS = ['before_batch','after_pred','after_loss','before_backward','after_backward','before_step','after_batch']
 
 @modes
-@pytest.mark.parametrize('order', [0, 20])
-@pytest.mark.parametrize('exc', [Boom, KeyboardInterrupt])
+@pytest.mark.parametrize('exc,order', [(Boom,0), (Boom,20), (KeyboardInterrupt,0)])
 def test_errors_in_callbacks(mode, exc, order):
     before = traces()
     for event in EVENTS:
@@ -207,7 +206,7 @@ def test_cancellations(mode, exc):
 def test_a_window_that_is_cancelled_leaves_the_last_step(mode, exc):
     before = traces()
     for event in EVENTS:
-        for order,at in (0, iters(mode)), (20, iters(mode)[-1:]):
+        for order,at in (0, iters(mode)[-2:]), (20, iters(mode)[-1:]):
             for i,step in at:
                 last = (i+1) % per_window(mode) == 0
                 learn = make(mode, At(event, i, raising(exc()), order))
@@ -491,11 +490,11 @@ def test_an_interrupt_at_any_line(mode):
         assert learn.accumulate_grad_bn._window is None and 'all_batches' not in vars(learn)
 
 def interrupts(make, f):
-    "`f(make())` with an interrupt at each line of ours, the first time that it is run: yields what was made"
+    "`f(make())` with an interrupt at every third line of ours, the first time that it is run, or at each with FASTAI_BN_SOAK: yields what was made"
     seen = {}
     interrupted(lambda: f(make()), seen=seen)
     assert len(seen) > 100
-    for at in seen:
+    for at in list(seen)[::1 if 'FASTAI_BN_SOAK' in os.environ else 3]:
         o = make()
         if interrupted(lambda: f(o), at=at)[1]: yield o
 
