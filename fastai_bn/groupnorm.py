@@ -17,6 +17,7 @@ from __future__ import annotations
 import warnings
 from copy import deepcopy
 
+import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
@@ -30,6 +31,18 @@ from .moments import _is_count
 __all__ = ['GroupNorm', 'bn_to_gn', 'weight_standardize']
 
 # %% ../nbs/05_groupnorm.ipynb #68deb5ed
+def _group_norm(x:Tensor, num_groups:int, weight:Tensor|None, bias:Tensor|None, eps:float) -> Tensor:
+    "`F.group_norm`, which says so where it leaves nothing of the values. Code that is compiled, scripted or traced says nothing"
+    if not torch.jit.is_scripting():
+        if not torch.jit.is_tracing() and not torch.compiler.is_compiling(): _warn_of_signs(x, num_groups)
+    return F.group_norm(x, num_groups, weight, bias, eps)
+
+def _warn_of_signs(x:Tensor, num_groups:int):
+    "Two values become -1 and 1, or 1 and -1, and one becomes 0"
+    if 0 < x.numel() <= 2*len(x)*num_groups:
+        warnings.warn("GroupNorm normalises groups of one or two values, of which nothing is left but signs: as behind global pooling. Use fewer groups there "
+                      "(num_groups, or a larger channels_per_group), or no norm")
+
 class _KnownNorm(nn.LayerNorm):
     "fastai's `norm_types` has LayerNorm; all but the name of the class comes from `nn.GroupNorm`"
     def __init__(self): nn.Module.__init__(self)
@@ -38,7 +51,10 @@ class GroupNorm(nn.GroupNorm, _KnownNorm):
     """`nn.GroupNorm(num_groups, num_channels, eps=1e-5, affine=True)` that fastai initialises, decays and freezes as it does BN.
 
     `[B, C, *]` to the same shape, in each sample `num_groups` groups of neighbouring channels with mean 0 and variance 1. `num_channels` is C, `eps` is added to the variance, and `affine`
-    gives each channel a gamma and a beta. It loads what a BatchNorm has saved, too, running statistics left out. `ValueError`, from PyTorch: `num_groups` does not divide `num_channels`."""
+    gives each channel a gamma and a beta. It loads what a BatchNorm has saved, too, running statistics left out. Warns where a group has one or two values, of which nothing is left but signs (not in compiled, scripted or traced code).
+    `ValueError`, from PyTorch: `num_groups` does not divide `num_channels`."""
+    def forward(self, x): return _group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for k in _BN_BUFFERS: state_dict.pop(prefix+k, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -48,7 +64,7 @@ _BN_BUFFERS = 'running_mean','running_var','num_batches_tracked'
 # %% ../nbs/05_groupnorm.ipynb #6e1474de
 class _GroupNormAct(GroupNorm):
     "timm's `BatchNormAct2d`: dropout and activation follow"
-    def forward(self, x): return self.act(self.drop(F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)))
+    def forward(self, x): return self.act(self.drop(_group_norm(x, self.num_groups, self.weight, self.bias, self.eps)))
 
 class _GroupNorm1dFlat(GroupNorm):
     "fastai's `BatchNorm1dFlat`: `[*, C]`, each position by itself"

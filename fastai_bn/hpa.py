@@ -7,7 +7,7 @@ that must not download anything.
 
 ```
 path/train.csv                              Id,Target      with Target the label numbers, separated by blanks
-path/train/{Id}_{red,green,blue,yellow}.png one gray image per channel
+path/train/{Id}_{red,green,blue,yellow}.png one image per channel
 ```
 
 Red are the microtubules, green is the protein whose place is to be named, blue the nucleus, yellow the endoplasmic reticulum.
@@ -18,7 +18,7 @@ Docs: https://fastai-bn.github.io/fastai_bn/hpa.html.md"""
 
 # %% ../nbs/08_hpa.ipynb #6faaf046
 from __future__ import annotations
-import csv, math, re
+import csv, glob, math, re
 from collections import Counter
 from numbers import Integral, Real
 from pathlib import Path
@@ -28,6 +28,7 @@ import pandas as pd
 import torch
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
+from plum import Function, NotFoundLookupError
 from scipy import ndimage as ndi
 from fastai.vision.all import *
 
@@ -99,7 +100,13 @@ def _check_files(path:Path, ids:list[str], channels:str):
     _check_channels(channels)
     have = {o.name for o in os.scandir(path/'train') if o.is_file()} if (path/'train').is_dir() else set()
     missing = [n for i in ids for c in channels if (n := f'{i}_{_colours[c]}.png') not in have]
-    if missing: raise FileNotFoundError(f"{path/'train'/missing[0]} is missing ({len(missing)} file(s) of {len(ids)*len(channels)} are)")
+    if missing: raise FileNotFoundError(f"{path/'train'/missing[0]} is missing ({len(missing)} file(s) of {len(ids)*len(channels)} are)" + _instead(path/'train'/missing[0]))
+
+def _instead(f:Path) -> str:
+    "What there is in place of file `f`, and what to do about it"
+    same = sorted(o.name for o in f.parent.glob(f'{glob.escape(f.stem)}.*')) if f.parent.is_dir() else []
+    if same: return f". There is {same[0]}, but only .png files are read: convert it"
+    return f". Images of another folder, such as the competition's test/, are named by their path: dls.test_dl([path/'test'/Id]), or LoadHPA(path/'test')"
 
 # %% ../nbs/08_hpa.ipynb #29b0f10d
 class TensorHPA(TensorImage):
@@ -141,7 +148,7 @@ _PIXELS = 2**26 # the most of an image; those of the atlas have up to 3072 x 307
 class LoadHPA(DisplayedTransform):
     """Load the channels of image `Id` from `folder` as a `TensorHPA` [C, size, size], float32 from 0 to 1.
 
-    Gray PNG of 1, 8 or 16 bits; of colours the mean. `ValueError`: `size` below 1, unknown or repeated `channels`, and, when it loads, an `Id` that is no plain file name, a file that is missing, no PNG or
+    Gray PNG of 1, 8 or 16 bits; of a colour image, as in the atlas' own releases, the brightest of red, green and blue. `ValueError`: `size` below 1, unknown or repeated `channels`, and, when it loads, an `Id` that is no plain file name, a file that is missing, no PNG or
     has more than 2**26 pixels (8192 x 8192), or channels that differ in size."""
     def __init__(self,
         folder:Path,          # Holds {Id}_red.png and so on
@@ -150,23 +157,26 @@ class LoadHPA(DisplayedTransform):
     ):
         _check_at_least(1, size=size); _check_channels(channels)
         self.folder,self.size,self.channels = Path(folder),size,channels
-    def encodes(self, i:str) -> TensorHPA:
+    def encodes(self, i:str|Path) -> TensorHPA:
+        "`i`: the Id of an image in `folder`; or a path, `folder2/Id` without colour and extension, of one anywhere"
+        folder,i = (i.parent,i.name) if isinstance(i, Path) else (self.folder,i)
         _check_id(i)
-        ims = [self._open(self.folder/f'{i}_{_colours[c]}.png') for c in self.channels]
+        ims = [self._open(folder/f'{i}_{_colours[c]}.png') for c in self.channels]
         sizes = {o.shape for o in ims}
         if len(sizes) > 1: raise ValueError(f"Id {i!r}: its channels differ in size: " + ', '.join(f'{_colours[c]} {o.shape[1]}x{o.shape[0]}' for c,o in zip(self.channels,ims)))
         x = torch.from_numpy(np.stack(ims))
         if x.shape[1:] != (self.size,)*2: x = F.interpolate(x[None], (self.size,)*2, mode='bilinear', antialias=True, align_corners=False)[0].clamp(0, 1)
         return TensorHPA(x, channels=self.channels)
     def _open(self, f:Path) -> np.ndarray:
-        "One channel, float32 from 0 to 1; of a colour image the mean of red, green and blue"
+        "One channel, float32 from 0 to 1; of a colour image the brightest of red, green and blue"
         try:
             with Image.open(f, formats=['PNG']) as im:
                 if im.width*im.height > _PIXELS: raise ValueError(f"it has {im.width} x {im.height} pixels, more than {_PIXELS:,}")
                 a = np.asarray(im.convert(dict(P='RGB', PA='RGB', RGBA='RGB', LA='L').get(im.mode, im.mode)))
+        except FileNotFoundError as e: raise ValueError(f"{f} cannot be read as a PNG image: it is missing{_instead(f)}") from e
         except Exception as e: raise ValueError(f"{f} cannot be read as a PNG image: {e}") from e  # of bytes from anywhere, PIL raises anything
         scale = 1 if a.dtype==bool else np.iinfo(a.dtype).max if a.dtype.itemsize < 4 else 65535
-        return (a.astype(np.float32) if a.ndim==2 else a[...,:3].mean(-1, dtype=np.float32))/scale
+        return (a.astype(np.float32) if a.ndim==2 else a[...,:3].max(-1).astype(np.float32))/scale
 
 # %% ../nbs/08_hpa.ipynb #7c1b1e45
 def _split(targets:list[list[str]], valid_pct:float, seed:int) -> tuple[list[int],list[int]]:
@@ -181,6 +191,23 @@ def _split(targets:list[list[str]], valid_pct:float, seed:int) -> tuple[list[int
     valid = {order[(2*j+1)*n//(2*k)] for j in range(k)}
     return [i for i in range(n) if i not in valid],sorted(valid)
 
+# %% ../nbs/08_hpa.ipynb #ce9074be
+def _check_tfms(**tfms):
+    "`ValueError` for a transform that would do nothing, by the name of its argument"
+    x,y = TensorHPA(torch.zeros(4, 8, 8)),TensorMultiCategory(torch.zeros(len(HPA_LABELS)))
+    for k,fs in tfms.items():
+        for f in map(mk_transform, L(fs)):
+            if isinstance(f, Transform) and hasattr(f, 'encodes') and not any(_knows(f, o) for o in (x, y, [x,y])):
+                raise ValueError(f"{k}: {getattr(f, '_name', type(f).__name__)} would do nothing: images are tensors (TensorHPA), and it knows neither these nor their labels. "
+                                 "`size` resizes images when they are loaded; in batch_tfms aug_transforms and RandomResizedCropGPU crop and zoom")
+
+def _knows(f:Transform, o) -> bool:
+    "Has transform `f` a method for `o`?"
+    fn,args = (f.encodes,(o,)) if isinstance(f.encodes, Function) else (f.encodes._f,(f,o))
+    try: fn.resolve_method(args)
+    except NotFoundLookupError: return False
+    return True
+
 # %% ../nbs/08_hpa.ipynb #e5793ad5
 class HPADataLoaders(DataLoaders):
     "`DataLoaders` of Human Protein Atlas images: made by `HPADataLoaders.from_folder`"
@@ -193,22 +220,31 @@ class HPADataLoaders(DataLoaders):
         channels:str='rgby',  # Which channels, in which order: some of red, green, blue, yellow
         valid_pct:float=.2,   # Share of the images that validate, between 0 and 1
         seed:int=42,          # Of the split, at least 0
-        item_tfms=None,       # Transforms of single images, after loading
+        item_tfms=None,       # Transforms of single images, after loading: of tensors [C, H, W], which fastai's crops and resizes do not know
         batch_tfms=None,      # Transforms of batches, for instance `aug_transforms`
         **kwargs,             # As for `DataLoaders.from_dblock`
     ) -> HPADataLoaders: # Batches `xb` of shape [bs, C, size, size], float from 0 to 1, and `yb` of shape [bs, 28], 0. or 1.
         """From the Kaggle layout, of which table and file names are checked at once, and each image when it is loaded (by `LoadHPA`).
 
         `FileNotFoundError`: no train.csv, or no file for a channel. `ValueError`: a train.csv without rows, without the columns Id and Target, with a row too long or too short, an Id that stands there twice or is
-        no plain file name, or a label beyond 0 to 27; fewer than 2 images; and arguments other than those listed here."""
+        no plain file name, or a label beyond 0 to 27; fewer than 2 images; a transform that would do nothing to images and labels; and arguments other than those listed here."""
         path = Path(path)
         _check_at_least(1, size=size, bs=bs)
+        _check_tfms(item_tfms=item_tfms, batch_tfms=batch_tfms)
         ids,targets = _read_csv(path)
         _check_files(path, ids, channels)
         blocks = (TransformBlock(type_tfms=LoadHPA(path/'train', size, channels)), MultiCategoryBlock(vocab=list(HPA_LABELS)))
         db = DataBlock(blocks, get_x=ItemGetter(0), get_y=ItemGetter(1), splitter=IndexSplitter(_split(targets, valid_pct, seed)[1]),
                        item_tfms=item_tfms, batch_tfms=batch_tfms)
-        return cls.from_dblock(db, list(zip(ids, targets)), path=path, bs=bs, **kwargs)
+        dls = cls.from_dblock(db, list(zip(ids, targets)), path=path, bs=bs, **kwargs)
+        return cls(*dls.loaders, path=path, device=dls.device)
+
+    def test_dl(self,
+        test_items, # Ids of images in train/; paths `folder/Id`, without colour and extension, of images anywhere; or what `LoadHPA` has loaded
+        **kwargs,   # As for fastai's `DataLoaders.test_dl`
+    ) -> TfmdDL: # Batches of images, which are loaded when they are needed
+        "A DataLoader to predict on, as with `learn.get_preds(dl=...)`"
+        return super().test_dl([(o,) if isinstance(o, (str,Path)) else o for o in test_items], **kwargs)
 
 # %% ../nbs/08_hpa.ipynb #4483ddb9
 #: Labels that `make_hpa` draws, with their frequencies (an image has 1 to 3)

@@ -31,7 +31,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import copy_context
 from copy import copy
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from itertools import accumulate
 from types import FunctionType, MethodType, ModuleType
 
@@ -43,7 +43,6 @@ from fastcore.basics import patch
 from greenlet import getcurrent, greenlet
 from torch import nn, overrides, Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils import _python_dispatch
@@ -62,7 +61,14 @@ def _sums(dy:Tensor, x:Tensor, w:Tensor|None, mean:Tensor, var:Tensor, eps:float
     "Sums of dy*xhat and of dy per channel, by the kernel of BN's backward"
     if not x.numel(): return [torch.zeros_like(mean)]*2
     if w is None: w = torch.ones_like(mean)
+    layout = _layout(x)
+    dy,x = [o.contiguous(memory_format=layout) for o in (dy,x)]  # of one sample in two layouts, PyTorch's CPU kernel takes one for the other
     return torch.ops.aten.native_batch_norm_backward(dy, x, w, mean, var, None, None, False, eps, [False,True,True])[1:]
+
+def _layout(x:Tensor) -> torch.memory_format:
+    "In which memory format `x` is, or could be made with one copy"
+    last = {4:torch.channels_last, 5:torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
+    return torch.contiguous_format if x.is_contiguous() or not x.is_contiguous(memory_format=last) else last
 
 def _mean_var(x:Tensor) -> tuple[Tensor,Tensor]:
     "Mean and biased variance per channel, in float32 at least, by BN's native kernel where there is one"
@@ -72,8 +78,33 @@ def _mean_var(x:Tensor) -> tuple[Tensor,Tensor]:
     running = (None,None) if dtype == x.dtype else torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)  # they decide on the result's type
     return torch.batch_norm_update_stats(x, *running, 0.)
 
+# %% ../nbs/03_lockstep.ipynb #54d2ca6f
+def _one_backward() -> RuntimeError:
+    return RuntimeError("Lock step (micro_bs of AccumulateGradBN, MicroBatched) can be differentiated once, backward: no double backward (as of a gradient penalty), no "
+                        "forward-mode differentiation and no torch.func transform. Leave micro_bs out and use a budget, which supports all of them")
+
+class _OneBackward(Function):
+    "An autograd function of lock step"
+    @staticmethod
+    def jvp(ctx, *_): raise _one_backward()
+
+class _End(_OneBackward):
+    "Gradients as they are, which nobody can differentiate"
+    @staticmethod
+    def forward(ctx, _, *grads): return grads
+    @staticmethod
+    def backward(ctx, *_): raise _one_backward()
+
+def _once(backward):
+    "`backward` of an autograd function, whose result nobody can differentiate"
+    @wraps(backward)
+    def run(ctx, *grads):
+        with torch.no_grad(): res = backward(ctx, *grads)
+        return _End.apply(torch.empty(0, requires_grad=True), *res) if torch.is_grad_enabled() else res
+    return run
+
 # %% ../nbs/03_lockstep.ipynb #5cebaf44
-class _Moments(Function):
+class _Moments(_OneBackward):
     "Mean and biased variance of a micro-batch. Backward comes last: the gradient of `x`, when the sums of all are known"
     @staticmethod
     def forward(ctx, x:Tensor, dy:list, terms:dict):
@@ -82,7 +113,7 @@ class _Moments(Function):
         return _mean_var(x)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx, *_):
         x, = ctx.saved_tensors
         dy = ctx.dy.pop() if ctx.dy else torch.zeros_like(x)  # nobody used the output
@@ -107,7 +138,7 @@ def _gathered(group, n:Tensor, mean:Tensor, var:Tensor) -> tuple[Tensor,Tensor,T
     return rows[:,0],*rows[:,1:].chunk(2, 1)
 
 # %% ../nbs/03_lockstep.ipynb #c7cdb581
-class _Merge(Function):
+class _Merge(_OneBackward):
     "Mean, biased variance and number of all values from those of micro-batches, with a `group` of all processes. Backward: the sums over all, for each"
     @staticmethod
     def forward(ctx, terms:dict, counts:list[int], w:Tensor|None, eps:float, group, *stats:Tensor):
@@ -122,7 +153,7 @@ class _Merge(Function):
         return mean,var,n
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx, sum_dy, sum_dy_xhat, _):
         mean,var,w = [o if o is None else o.detach() for o in ctx.saved_tensors]  # in `terms` a link back would leak
         sums = torch.stack([sum_dy, sum_dy_xhat])
@@ -136,7 +167,7 @@ class _Merge(Function):
         return None,None,None,None,None,*(sum_dy,sum_dy_xhat)*ctx.k  # their values are in `terms`; these make it wait
 
 # %% ../nbs/03_lockstep.ipynb #339cc44a
-class _Normalise(Function):
+class _Normalise(_OneBackward):
     "BN with given moments. Backward: the micro-batch's own sums; `dy` is left for `_Moments`"
     @staticmethod
     def forward(ctx, x:Tensor, mean:Tensor, var:Tensor, w:Tensor|None, b:Tensor|None, eps:float, dy:list):
@@ -145,12 +176,12 @@ class _Normalise(Function):
         return _affine(x, w, b, mean, var, eps)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx, dy):
         x,mean,var,w = ctx.saved_tensors
         sum_dy_xhat,sum_dy = _sums(dy, x, w, mean, var, ctx.eps)
         _,moments,_,weight,bias,*_ = ctx.needs_input_grad
-        if moments: ctx.dy[:] = [dy]
+        if moments: ctx.dy[:] = [dy.detach()]
         return (None, *((sum_dy,sum_dy_xhat) if moments else (None,None)), sum_dy_xhat if weight else None, sum_dy if bias else None, None, None)
 
 # %% ../nbs/03_lockstep.ipynb #1bd406be
@@ -438,7 +469,8 @@ def _check_rows(pred, n:int, name:str='the prediction'):
     if isinstance(pred, Tensor) and (not pred.dim() or len(pred)%n): raise ValueError(f"{name} is of {list(pred.shape)} for {n} samples")
 
 def _check(model:nn.Module):
-    "`ValueError` where BN layers could not meet"
+    "An error where BN layers could not meet"
+    if torch._C._functorch.maybe_current_level() is not None: raise _one_backward()
     if any(isinstance(m, MicroBatched) for m in model.modules()):
         raise ValueError("The model is, or has in it, a MicroBatched already: one is enough (leave micro_bs out of AccumulateGradBN, or give it the model within)")
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
@@ -458,10 +490,10 @@ class MicroBatched(nn.Module):
     """`model` with each batch computed in micro-batches of at most `micro_bs` samples, BN over all of it. The layers and parameters are those of `model`, under the same names.
 
     In training mode predictions, gradients and running statistics are those of the whole batch, to rounding (dropout draws other masks). Where no BN layer normalises by the batch,
-    as in eval mode, the micro-batches are independent. What layers or hooks keep is, after the forward pass, of the last micro-batch alone. Double backward and `torch.func` transforms are not supported. Gradient: Ioffe & Szegedy, arXiv 1502.03167, section 3.
+    as in eval mode, the micro-batches are independent. What layers or hooks keep is, after the forward pass, of the last micro-batch alone. Gradient: Ioffe & Szegedy, arXiv 1502.03167, section 3.
 
     `ValueError`: a bad `micro_bs`; predictions without a row per sample; one value per channel; lazy, scripted and nested models, and layers that do not normalise with `F.batch_norm`.
-    `RuntimeError`: micro-batches that take different paths, and activation checkpointing. A model that was compiled runs uncompiled, with a warning."""
+    `RuntimeError`: micro-batches that take different paths, activation checkpointing, double backward, forward-mode differentiation and `torch.func` transforms. A model that was compiled runs uncompiled, with a warning."""
     def __init__(self,
         model:nn.Module, # Any model that takes and returns batches, a sample per row
         micro_bs:int,    # Samples per micro-batch; the last one may be smaller

@@ -23,7 +23,7 @@ from numbers import Integral
 import torch
 import torch.distributed as dist
 from torch import nn, Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 # %% auto #0
 __all__ = ['Moments', 'bn_layers', 'BNMoments', 'BNCapture', 'capture_moments', 'update_running_stats', 'BNUpdates',
@@ -175,6 +175,11 @@ def _all_counts(counts:dict[str,int], layers:dict[str,nn.Module]) -> dict[str,in
     return res
 
 # %% ../nbs/00_moments.ipynb #01d1f4d6
+def _refuse_lazy(layers:dict[str,nn.Module]):
+    "`ValueError` for a BN layer that does not know its channels yet"
+    name = next((k for k,m in layers.items() if isinstance(m, _LazyNormBase)), None)
+    if name is not None: raise ValueError(f"BatchNorm layer '{name}' is lazy ({type(layers[name]).__name__}) and does not know its channels yet: run a batch through the model first, as model(xb)")
+
 def _one_value(name:str, m:nn.Module, x:Tensor) -> ValueError:
     "What to do when BN layer `m` gets one value per channel"
     return ValueError(f"BatchNorm cannot normalise one value per channel: layer '{name}' ({type(m).__name__}, {m.num_features} "
@@ -236,6 +241,7 @@ def _put_back(before:list):
 @contextmanager
 def _lending(layers:dict[str,nn.Module], cap):
     "Within, `layers` in training mode update the buffers that `cap` lends"
+    _refuse_lazy(layers)
     before = [(m,m.__dict__.get('forward'),m.momentum,_running(m)) for m in layers.values()]
     try:
         for n,m in layers.items(): m.__dict__['forward'] = _borrowing(n, m, cap)

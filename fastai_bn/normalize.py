@@ -113,6 +113,7 @@ def _check_options(per:str, stat:str, q, mask, clip, eps):
         if (k,o) != ('clip',None) and not (isinstance(o, (tuple,list)) and len(o) == 2 and all(isinstance(a, Real) for a in o) and o[0] < o[1]):
             raise ValueError(f"{k}={o!r}: it is a pair of numbers, the lower one first")
     if not 0 <= q[0] < q[1] <= 100: raise ValueError(f"q={q!r}: percentiles are from 0 to 100")
+    if stat != 'percentile' and tuple(q) != (1,99.8): raise ValueError(f"q={q!r} is of stat='percentile', and stat is {stat!r}: leave out one of them")
     if not isinstance(eps, Real) or not 0 < eps < math.inf: raise ValueError(f"eps={eps!r}: it is a positive number")
     if not (mask is None or mask == 'nonzero' if isinstance(mask, (str,type(None))) else callable(mask) or isinstance(mask, Tensor)):
         raise ValueError(f"mask={mask!r}: it is 'nonzero', a callable or a tensor")
@@ -128,15 +129,18 @@ def _ndim(x:Tensor) -> int:
     "[C, L], [C, H, W], [B, C, H, W] or [B, C, D, H, W]"
     return {2:1, 5:3}.get(x.dim(), 2)
 
-def _counting(x:Tensor, xp:Tensor, mask) -> Tensor:
-    "The pixels that count by `mask`, in the shape of `x`; warns of those that never do. `xp` is `x` in a floating type"
+def _counting(x:Tensor, xp:Tensor, mask, ndim:int) -> Tensor:
+    "The pixels that count by `mask`, in the shape of `x`, which has `ndim` dimensions in space; warns of those that never do. `xp` is `x` in a floating type"
     if n := int((~xp.isfinite()).sum()):
         warnings.warn(f"image_normalize: {n} pixel(s) of {xp.numel()} are NaN or infinite. They are left out of the statistics, and 0 in the output")
     if mask is None: return xp == xp
     ok = xp != 0 if isinstance(mask, str) else mask if isinstance(mask, Tensor) else mask(xp)
     if not isinstance(ok, Tensor): raise ValueError(f"mask gives a {type(ok).__name__}: it has to give a tensor that broadcasts to the image's shape {list(x.shape)}")
+    which = "A mask per sample has the shape [B, 1, *], one per channel [1, C, *]"
+    if ok.dim() == ndim+1 == x.dim()-1 and ok.shape[0] == x.shape[0] == x.shape[1] > 1:
+        raise ValueError(f"mask has the shape {list(ok.shape)}, for images of {list(x.shape)}: is its first dimension that of samples or of channels? {which}")
     try: return ok.to(device=x.device, dtype=torch.bool).expand(x.shape)
-    except RuntimeError as e: raise ValueError(f"mask has the shape {list(ok.shape)}: it does not broadcast to the image's {list(x.shape)}") from e
+    except RuntimeError as e: raise ValueError(f"mask has the shape {list(ok.shape)}: it does not broadcast to the image's {list(x.shape)}. {which}") from e
 
 # %% ../nbs/07_normalize.ipynb #d3c0df9c
 def _plain(x:Tensor) -> tuple[Tensor,torch.dtype]:
@@ -175,7 +179,7 @@ def image_normalize(
     v = xp.reshape(math.prod(groups), math.prod(x.shape[len(groups):]))
     u = x.as_subclass(Tensor).reshape(v.shape) if x.dtype == torch.uint8 and stat == 'percentile' and len(v) else None
     res = _fast(v, stat, q, eps, u) if mask is None or not len(v) else None
-    if res is None: res = _slow(v, _counting(x, xp, mask).reshape(v.shape), stat, q, eps)
+    if res is None: res = _slow(v, _counting(x, xp, mask, n).reshape(v.shape), stat, q, eps)
     out,*stats = res
     if clip is not None: out = out.clamp_(*clip)
     out = _like(out.to(dtype).view(x.shape), x)
@@ -231,9 +235,10 @@ class ImageNormalize(Normalize):
     """Batch transform: `image_normalize` of images, [B, C, H, W] or [B, C, D, H, W]; decoding gives the original intensities.
 
     Images are `TensorImage` and its subclasses, and floating or 8 and 16 bit tensors [B, C, H, W] of no type of their own; masks, points, boxes and labels are left alone, and what is a tensor
-    [B, C, H, W] of floats but no image needs one of these types. For batches: among `item_tfms` it would come before fastai has made floats of bytes, and could not be decoded.
+    [B, C, H, W] of floats but no image needs one of these types. Of a batch only the model's inputs are looked at (the first `n_inp` parts, or all but the last), not its targets. For batches: among `item_tfms` it would come before fastai has made floats of bytes, and could not be decoded.
     `ValueError`, as `image_normalize`: for options at once, for images and what a mask gives when a batch comes."""
     parameters = ()  # nothing to be moved to a device
+    n_inp = None     # inputs of the model; None: all parts of a batch but the last
     def __init__(self,
         per:str='channel',  # Statistics of each 'channel' of an image, or of all channels of an 'image' together, which keeps their relation
         stat:str='std',     # 'std': to mean 0 and standard deviation 1; 'minmax': to 0 and 1; 'percentile': those of `q` to 0 and 1
@@ -245,7 +250,22 @@ class ImageNormalize(Normalize):
         _check_options(per, stat, q, mask, clip, eps)
         store_attr()
 
-    def setups(self, dl:DataLoader): "There is nothing to measure"
+    def setups(self, dl:DataLoader):
+        "There is nothing to measure; but the data may know how many inputs the model has"
+        self.n_inp = getattr(dl.dataset, 'n_inp', None)
+
+    def __call__(self, b, **kwargs):
+        "Normalise `b`: of a batch, the model's inputs alone"
+        if not isinstance(b, (tuple,list)) or hasattr(b, '_fields'): return super().__call__(b, **kwargs)
+        n = self.n_inp or max(1, len(b)-1)  # as fastai counts them
+        res = [self._all(o, kwargs) for o in b[:n]]
+        if all(o is p for o,p in zip(res, b)): warnings.warn(f"ImageNormalize found no image among the batch's {n} input(s), and has normalised nothing")
+        return type(b)([*res, *b[n:]])
+
+    def _all(self, o, kwargs:dict):
+        "`o`, or all that is in it"
+        return type(o)([self._all(p, kwargs) for p in o]) if isinstance(o, (tuple,list)) and not hasattr(o, '_fields') else super().__call__(o, **kwargs)
+
     def encodes(self, x:TensorImage): return self._encoded(x)
     def encodes(self, x:Tensor): return self._encoded(x) if _is_plain(x) else x
     # `-> None`: of the class that `_decoded` gives

@@ -25,14 +25,16 @@ Docs: https://fastai-bn.github.io/fastai_bn/paging.html.md"""
 from __future__ import annotations
 import math, os, re, threading, warnings, weakref
 from bisect import bisect_left
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, reduce, wraps
 from numbers import Integral, Real
+from operator import or_
 
 import torch
 from fastcore.basics import patch
 from torch import cuda, nn, Tensor
+from torch.autograd import graph
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
@@ -89,7 +91,10 @@ class _Copies:
         self.peak = max(self.peak, self.used)
         return buf
 
-    def allocate(self, n:int): return torch.empty(n, dtype=torch.uint8, device='cpu', pin_memory=self.side is not None).untyped_storage()
+    def allocate(self, n:int):
+        "Memory that no mode sees, the pager least of all"
+        with torch._C._DisableTorchDispatch():
+            return torch.empty(n, dtype=torch.uint8, device='cpu', pin_memory=self.side is not None).untyped_storage()
 
     def give(self, buf, n:int):
         "Take back a buffer"
@@ -134,6 +139,10 @@ def _movable(st:torch.UntypedStorage) -> bool:
     "Does PyTorch own the memory of `st`, alone? Not of what came from NumPy or `mmap`, nor what processes share"
     return st.resizable() and not (st.device.type == 'cpu' and st.is_shared())  # on CUDA `is_shared` is always true
 
+def _is_list(t:Tensor) -> bool:
+    "Is `t` a list of lengths or indices on the CPU? RNNs of packed sequences and `tensor_split` read theirs before any operation comes"
+    return t.dim() < 2 and t.device.type == 'cpu' and t.dtype in (torch.int32, torch.int64)
+
 def _plain(t:Tensor):
     "The tensors with a storage of their own that make up `t`: several for sparse tensors and wrapper subclasses"
     if hasattr(t, '__tensor_flatten__'): parts = [getattr(t, n) for n in t.__tensor_flatten__()[0]]
@@ -144,9 +153,9 @@ def _plain(t:Tensor):
     return [p for o in parts for p in _plain(o)]
 
 # %% ../nbs/02_paging.ipynb #6d5f6f70
-def _tensors(o) -> list[Tensor]:
-    "The tensors in `o`, a tensor or nested lists"
-    if isinstance(o, Tensor): return [o]
+def _tensors(o) -> list[Tensor|torch.UntypedStorage]:
+    "The tensors in `o`, a tensor or nested lists, and the storages, which `set_` takes"
+    if isinstance(o, (Tensor, torch.UntypedStorage)): return [o]
     return [t for p in o for t in _tensors(p)] if isinstance(o, (tuple, list)) else []
 
 @cache
@@ -156,9 +165,9 @@ def _allocates(func) -> bool:
 
 @cache
 def _tensor_args(func) -> list[tuple[int,str,bool]]:
-    "Arguments of `func` that are tensors or lists of them: position, name, and whether they are written to"
+    "Arguments of `func` that are tensors, lists of them or storages: position, name, and whether they are written to"
     def written(a): return a.name.startswith('running_') or a.alias_info is not None and a.alias_info.is_write
-    return [(math.inf if a.kwarg_only else i, a.name, written(a)) for i,a in enumerate(func._schema.arguments) if 'Tensor' in str(a.type)]
+    return [(math.inf if a.kwarg_only else i, a.name, written(a)) for i,a in enumerate(func._schema.arguments) if 'Tensor' in str(a.type) or 'Storage' in str(a.type)]
 
 # %% ../nbs/02_paging.ipynb #b81fa7c3
 @dataclass(slots=True)
@@ -262,17 +271,18 @@ class _Block:
         self.step = self.order.steps[0]  # what appears before the first step
         self.params,self.modules,self.compiled,self.batch = {},set(),False,0  # `batch`: samples
 
-    def find(self, t:Tensor) -> _Stored:
+    def find(self, t:Tensor|torch.UntypedStorage) -> _Stored:
         "The record of the storage of `t`"
+        if isinstance(t, torch.UntypedStorage): return self.recs.get(t._cdata) or self.add(t)
         st = t.untyped_storage()
-        return self.recs.get(st._cdata) or self.add(st)
+        return self.recs.get(st._cdata) or self.add(st, t._is_zerotensor(), _is_list(t))  # PyTorch's zero tensors have no memory
 
-    def add(self, st:torch.UntypedStorage, kept:bool=False) -> _Stored:
+    def add(self, st:torch.UntypedStorage, kept:bool=False, fixed:bool=False) -> _Stored:
         "A new record"
         if (kind := st.device.type) != 'meta' and (self.device is None or self.device.type == 'cpu' != kind): self.meet(st.device)
         r,n = _Stored(st, self.died),st.nbytes()
         r.key,r.nbytes,r.label,r.host,r.away,r.event,r.last,r.rank = st._cdata,n,-1,None,False,None,0,0
-        r.kept,r.fixed = kept or st.device != self.device,n < _MIN_BYTES or not _movable(st)
+        r.kept,r.fixed = kept or st.device != self.device,fixed or n < _MIN_BYTES or not _movable(st)
         self.recs[r.key] = r
         if r.kept: return r
         self.alive += n; self.resident += n
@@ -317,7 +327,7 @@ def keep(self:_Block, r:_Stored):
 @patch
 def fix(self:_Block, r:_Stored):
     "Back on the device, for good, and counted"
-    if r.away: self.load(r)
+    self.bring_back(r)
     if r.fixed or r.kept: return
     r.fixed = True
     self.fixed += r.nbytes
@@ -344,6 +354,12 @@ def load(self:_Block, r:_Stored):
     r.away = False
     self.resident += r.nbytes
     self.here[r.label] = r
+
+@patch
+def bring_back(self:_Block, r:_Stored):
+    "`r` is there for whatever comes next"
+    if r.away: self.load(r)
+    self.settle(r)
 
 @patch
 def copy_out(self:_Block, r:_Stored, st:torch.UntypedStorage):
@@ -520,6 +536,28 @@ def note_module(self:_Block, module:nn.Module, args:tuple):
         for b in m._buffers.values():
             if b is not None: self.keep_tensor(b)
 
+# %% ../nbs/02_paging.ipynb #42b95847
+@patch
+def records_of(self:_Block, trees) -> list[_Stored]:
+    "The records of the tensors in `trees`. functorch's wrappers have no storage; what is in them has"
+    res = []
+    for t in tree_iter(trees):
+        with suppress(NotImplementedError): res += [self.find(o) for o in (_plain(t) if isinstance(t, Tensor) else ())]
+    return res
+
+@patch
+@contextmanager
+def held(self:_Block, t:Tensor, stays:bool):
+    "Within, `t` is there and nobody's victim; if it `stays`, for good"
+    with torch._C.DisableTorchFunctionSubclass(): recs = self.records_of(t)
+    for r in recs:
+        if r.away: self.make_room(r.nbytes)
+        self.bring_back(r)
+        if stays: self.fix(r)
+    held = [r for r in recs if self.here.pop(r.label, None) is not None]
+    try: yield
+    finally: self.here.update({r.label:r for r in held})
+
 # %% ../nbs/02_paging.ipynb #3f58c50e
 @patch
 def close(self:_Block):
@@ -542,11 +580,64 @@ def close(self:_Block):
                                 "at the end of the block and are lost: free memory on the device, or keep fewer tensors") from error
     if error is not None and not isinstance(error, Exception): raise error
 
+# %% ../nbs/02_paging.ipynb #deb9b6a0
+_STAYS = dict(__repr__=False, tolist=False, __deepcopy__=False, numpy=True, data_ptr=True, storage=True, share_memory_=True,
+              __dlpack__=True, __reduce_ex__=True) # the methods; does somebody have the memory afterwards?
+
+class _Reads:
+    "While a pager's block is open, in any thread, the methods in `_STAYS` bring their tensor back first"
+    def __init__(self): self.pagers,self.ours,self.before,self.lock = [],{},{},threading.RLock()
+
+    def open(self, pager):
+        "`pager` has a block"
+        with self.lock:
+            self.pagers.append(pager)
+            for k,stays in _STAYS.items():
+                if k in self.ours: continue
+                self.before[k] = vars(Tensor).get(k)  # None: it is inherited
+                self.ours[k] = self.reader(getattr(Tensor, k), stays)
+                setattr(Tensor, k, self.ours[k])
+
+    def close(self, pager):
+        "`pager` has none any longer. A second call does no harm"
+        with self.lock:
+            if pager in self.pagers: self.pagers.remove(pager)
+            if self.pagers: return
+            for k,f in self.ours.items():
+                if vars(Tensor).get(k) is not f: continue  # somebody else's
+                if self.before[k] is None: delattr(Tensor, k)
+                else: setattr(Tensor, k, self.before[k])
+            self.ours,self.before = {},{}
+
+    def reader(self, method, stays:bool):
+        "`method` of a tensor that is there"
+        @wraps(method)
+        def read(t, *args, **kwargs):
+            with ExitStack() as stack:
+                for p in list(self.pagers): stack.enter_context(p._for_read(t, stays))
+                return method(t, *args, **kwargs)
+        return read
+
+_reads = _Reads()
+
+# %% ../nbs/02_paging.ipynb #a9bc0fff
+_LAZY = reduce(or_, [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, k)) for k in ('Conjugate','Negative','ZeroTensor')])
+
+def _lazy_views():
+    "Within, below a dispatch mode, lazy conjugates, negatives and zeros are what they are without one"
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()-_LAZY)
+
+def _refuse_mutation():
+    "`RuntimeError` within `allow_mutation_on_saved_tensors`"
+    if graph._allow_mutation_on_saved_tensors_enabled: raise RuntimeError(
+        "torch.autograd.graph.allow_mutation_on_saved_tensors knows tensors by their address, which changes when an ActivationPager moves them: use one or the other")
+
 # %% ../nbs/02_paging.ipynb #fb1feb78
 class ActivationPager(TorchDispatchMode):
     """Keep the activations of any forward and backward within a budget of device memory; results stay the same bit for bit.
 
-    `ValueError`: a budget that is none. `RuntimeError`: a pager within another; no room on the device for what returns when the block ends. `MemoryError`: no room on the host, nothing is lost."""
+    `ValueError`: a budget that is none. `RuntimeError`: a pager within another, or together with PyTorch's `allow_mutation_on_saved_tensors`; no room on the device for what returns when the block ends.
+    `MemoryError`: no room on the host, nothing is lost."""
     supports_higher_order_operators = True
     def __init__(self,
         budget:int|float|str|None, # Bytes (`2**30`, '6GiB', '500MB'), a share of what is free on the device (between 0 and 1), None: only count
@@ -559,9 +650,11 @@ class ActivationPager(TorchDispatchMode):
     def __enter__(self):
         if self._block is not None or any(isinstance(o, ActivationPager) for o in _get_current_dispatch_mode_stack()): raise RuntimeError(
             "An ActivationPager is active already, and two cannot share a device: leave its block before you enter another")
+        _refuse_mutation()
         try:
             self._block = _Block(self._copies, self._limit_on, self.order if self._limit else None)
             self._hook = register_module_forward_pre_hook(self._block.note_module)
+            _reads.open(self)
             return super().__enter__()
         except BaseException: _surely(self._close); raise
 
@@ -572,11 +665,12 @@ class ActivationPager(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(o.__torch_dispatch__ is not Tensor.__torch_dispatch__ for o in types): return NotImplemented  # a wrapper subclass takes itself apart, and what it does with the tensors inside comes here
+        _refuse_mutation()
         with self._lock, torch._C.DisableTorchFunctionSubclass():  # a lock: backward has a thread per device
             block,kwargs = self._block,kwargs or {}
             own,writes = block.arguments(func, args, kwargs)
             block.before(func, own, writes)
-            out = func(*args, **kwargs)
+            with _lazy_views(): out = func(*args, **kwargs)
             block.after(func, own, writes, out)
             if block.resident > self.peak: self.peak = block.resident
             if (n := block.need(own)) > self.need: self.need,self.need_op = n,func
@@ -587,6 +681,7 @@ class ActivationPager(TorchDispatchMode):
 @patch
 def _close(self:ActivationPager) -> _Block:
     "Leave nothing behind"
+    _reads.close(self)
     if self._hook is not None: self._hook.remove()
     if (block := self._block) is not None: block.close()
     self._hook = self._block = None
@@ -603,7 +698,7 @@ def rows(self:_Block, need:int, tensors:list[Tensor]) -> int:
     "How many of its rows an operation on `tensors` could have had at once within the limit"
     rows = {}  # a storage's, where a tensor reaches over all of it
     for t in tensors:
-        if t.is_nested or t.layout is not torch.strided or not t.dim() or (r := self.find(t)).kept or r.fixed: continue
+        if not isinstance(t, Tensor) or t.is_nested or t.layout is not torch.strided or not t.dim() or (r := self.find(t)).kept or r.fixed: continue
         if t.stride(0)*len(t)*t.element_size() == r.nbytes: rows[r.label] = len(t),r.nbytes
     if not rows: return 0
     n = max(rows.values(), key=lambda o: o[1])[0]
@@ -631,8 +726,13 @@ def pin(self:ActivationPager,
     "Keep tensors on the device until the block ends, for reads that are no PyTorch operation. They count. Outside a block: nothing to do"
     if self._block is None: return
     with self._lock, torch._C.DisableTorchFunctionSubclass():
-        for t in tree_iter(trees):
-            for o in _plain(t) if isinstance(t, Tensor) else (): self._block.fix(self._block.find(o))
+        for r in self._block.records_of(trees): self._block.fix(r)
+
+@patch
+@contextmanager
+def _for_read(self:ActivationPager, t:Tensor, stays:bool):
+    "Within, `t` is there; if it `stays`, until the block ends"
+    with self._lock, (nullcontext() if self._block is None else self._block.held(t, stays)): yield
 
 # %% ../nbs/02_paging.ipynb #c936b91d
 @patch

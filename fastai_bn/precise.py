@@ -38,7 +38,7 @@ from fastai.torch_core import get_random_states, set_random_states
 
 from .accumulate import AccumulateGradBN, _bs, _first, _joined
 from .lockstep import MicroBatched
-from .moments import BNMoments, Moments, _alone, _group, _is_count, _split, _surely, bn_layers, capture_moments
+from .moments import BNMoments, Moments, _alone, _group, _is_count, _refuse_lazy, _split, _surely, bn_layers, capture_moments
 from .paging import ActivationPager
 
 # %% auto #0
@@ -231,7 +231,7 @@ def _measure(model:nn.Module, batches, n:int, n_inp:int, bn_bs:int|None, frozen:
     with _rng_kept(batches):
         xbs = _until(_rebatched((_model_inputs(model, b, n_inp) for b in batches), bn_bs), share)
         seen = _population(model, layers, _with_bar(xbs, _n_samples(batches, share)) if progress else xbs, pager, micro_bs)
-    if not seen.n_samples: raise ValueError("precise_bn got no data: `batches` gave no batch (a generator that was used up before?)")
+    if not seen.n_samples: raise ValueError("precise_bn got no data: `batches` (`dl` of a Learner's method) gave no batch. A generator that was used up before?")
     bad = [k for k,o in seen.moments.items() if not (o.mean.isfinite().all() and o.m2.isfinite().all())]
     if bad: raise _NotFinite(f"The input of layer '{bad[0]}' has values that are not finite: no running statistics were changed. "
                              "Look for NaN or inf in the data and the weights")
@@ -275,6 +275,8 @@ def _copy_all(pairs:list):
 def _measured(self:Learner, n:int, dl, bn_bs:int|None, frozen:bool, budget, progress:bool) -> tuple[dict,_Seen|None]:
     "`_measure` with the learner's model, data, precision and BN batch"
     cb,train = next((cb for cb in self.cbs if isinstance(cb, AccumulateGradBN)), None),_undistributed(self.dls.train)
+    if dl is None and _is_empty(train): raise ValueError(
+        "The learner has no training data to compute statistics of: export and load_learner leave it out. Give data, as dl=learn.dls.test_dl(items)")
     ranks = max((dist.get_world_size(g) for m in bn_layers(self.model).values() if (g := _group(m)) is not None), default=1)
     if bn_bs is None and cb is not None and cb.bn_bs is not None:
         bn_bs,budget = min(cb._per_bn_batch*ranks, 128),cb.budget if budget is None else budget
@@ -284,6 +286,11 @@ def _measured(self:Learner, n:int, dl, bn_bs:int|None, frozen:bool, budget, prog
              train if dl is None else _undistributed(dl).new(drop_last=False) if isinstance(dl, DataLoader) else dl
         self.model.to(getattr(self.dls, 'device', default_device()))
         with _precision(self): return _measure(get_model(self.model), _my_share(dl), n, getattr(self.dls, 'n_inp', 1), bn_bs, frozen, budget, progress, cb and cb.micro_bs)
+
+def _is_empty(dl) -> bool:
+    "Is it known that `dl` has no batch?"
+    try: return len(dl) == 0
+    except TypeError: return False
 
 def _as_trained(dl:DataLoader) -> dict:
     "What `dl.new` would lose, and shuffling where there is something to shuffle"
@@ -324,6 +331,7 @@ def precise_bn(self:Learner,
 # %% ../nbs/04_precise.ipynb #1c451701
 def _running_stats(model:nn.Module) -> dict[str,Tensor]:
     "The buffers of all BN layers by their names in the model's state dict"
+    _refuse_lazy(bn_layers(model))
     return {f'{k}.{n}' if k else n:b for k,m in bn_layers(model).items() for n,b in m.named_buffers(recurse=False)}
 
 def bn_state(

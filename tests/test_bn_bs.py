@@ -1,5 +1,5 @@
 "The batch of BN: `bn_bs`. In float32 and to the last bit, unless a test says otherwise"
-import copy, weakref
+import copy, itertools, weakref
 from collections import namedtuple
 
 import pytest, torch
@@ -428,6 +428,70 @@ def test_items_of_several_sizes():
     assert_pristine(learn)
     learn = get_learner(dls, conv_net().float(), AccumulateGradBN(4))
     do_fit(learn)  # and None it takes
+
+def plain_fit(net, windows, n_epoch):
+    "A loop by hand over batches (x, y)"
+    opt = SGD(list(net.train().parameters()), lr=.05, wd=0.)
+    for _ in range(n_epoch):
+        for x,y in windows: F.cross_entropy(net(x), y).backward(); opt.step(); opt.zero_grad()
+    return net
+
+@pytest.mark.parametrize('last', ['step','drop'])
+def test_batches_of_any_size(last):
+    "As of a sampler that fills buckets, with PyTorch's DataLoader: it has no batch size then"
+    xs,ys,sizes = tilted(29),labels(29),[1,4,2,5,3,1,2,6,2,1,2]
+    ends = list(itertools.accumulate(sizes))
+    groups = [list(range(e-n, e)) for e,n in zip(ends, sizes)]
+    windows = [sum(groups[i:i+3], []) for i in range(0, len(groups), 3)]
+    def go(groups, model, *cbs):
+        dl = torch.utils.data.DataLoader(list(zip(xs, ys)), batch_sampler=groups)
+        do_fit(learn := get_learner(DataLoaders(dl, dl, device='cpu'), model, cbs), 2, .05)
+        return learn.model
+    whole = windows if last == 'step' else windows[:-1]
+    assert_same(go(groups, conv_net(), AccumulateGradBN(3, bn_bs='window', last=last)), go(whole, conv_net()), 0)
+    assert_same(go(groups, conv_net(), AccumulateGradBN(3, bn_bs='window', last=last, micro_bs=2)), go(whole, conv_net()), 1e-10)
+    def without(): torch.manual_seed(0); return nn.Sequential(nn.Flatten(), nn.Linear(108,5)).double()
+    with pytest.warns(UserWarning, match='no BatchNorm'): small = go(groups, without(), AccumulateGradBN(3, last=last))
+    assert_same(small, go(whole, without()), 1e-11)  # each sample weighs the same
+    with pytest.raises(ValueError, match='bn_bs'): go(groups, conv_net(), AccumulateGradBN(3, bn_bs=4))
+
+@pytest.mark.parametrize('at', [(1,4,2), (4,1,11)])
+def test_n_step_may_change_between_epochs(at):
+    class Schedule(Callback):
+        def before_epoch(self): self.learn.accumulate_grad_bn.n_step = at[self.epoch]
+    xs,ys = tilted(22),labels(22)
+    learn = get_learner(get_dls(xs, ys, 2), conv_net(), [AccumulateGradBN(at[0], bn_bs='window'), Schedule()])
+    do_fit(learn, 3, .05)
+    ref = conv_net()
+    for k in at: plain_fit(ref, zip(xs.split(2*k), ys.split(2*k)), 1)
+    assert_same(learn.model, ref, 1e-11)
+
+def test_n_step_may_change_in_mid_epoch():
+    "From the next window on; nothing of the one that is open is lost"
+    class Mid(Callback):
+        def after_batch(self):
+            if self.training and self.iter == 4: self.learn.accumulate_grad_bn.n_step = 2
+    class Steps(Callback):
+        order = -100
+        def before_fit(self): self.n,self.at = 0,[]
+        def after_pred(self): self.n += len(self.x)*self.training
+        def after_step(self): self.at.append(self.n)
+    learn = get_learner(get_dls(tilted(22), labels(22), 2), conv_net(), [AccumulateGradBN(4), Mid(), Steps()])
+    do_fit(learn)
+    assert learn.steps.at == [8,12,16,20,22]
+
+def test_inputs_within_a_tuple():
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); torch.manual_seed(1); self.net,self.lin = conv_net(),nn.Linear(7,5).double()
+        def forward(self, t): return self.lin(torch.cat([self.net(t[0]), t[1]], 1))
+    xs,zs,ys = tilted(16),torch.randn(16,2, dtype=torch.float64),labels(16)
+    def go(bs, *cbs):
+        dl = torch.utils.data.DataLoader([((x,z),y) for x,z,y in zip(xs, zs, ys)], batch_size=bs)
+        do_fit(learn := get_learner(DataLoaders(dl, dl, device='cpu'), Two(), cbs), 2, .05)
+        return learn
+    assert_same(go(2, AccumulateGradBN(4, bn_bs='window')).model, go(8).model, 0)
+    assert_same(go(2, AccumulateGradBN(4, bn_bs='window', micro_bs=2)).model, go(8).model, 1e-10)
+    assert go(2).precise_bn().samples.tolist() == [16,16]
 
 def test_one_sample_at_the_end_names_the_layer():
     learn = get_learner(get_dls(tilted(17).float(), labels(17), 1), head_net(), AccumulateGradBN(16, bn_bs='window'))

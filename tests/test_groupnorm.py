@@ -220,6 +220,32 @@ def test_inputs_of_one_or_two_features(c):
     with pytest.warns(UserWarning, match=f'BatchNorm1d\\({c}\\)'): bn_to_gn(nn.BatchNorm1d(c))
     with warnings.catch_warnings(): warnings.simplefilter('error'); bn_to_gn(nn.BatchNorm1d(3))
 
+@pytest.mark.parametrize('num_groups,left', [(8,0.), (4,1.), (2,None)])
+def test_groups_of_which_nothing_is_left_but_signs_are_a_warning(num_groups, left):
+    "As behind global pooling, where a group has a value per channel: of one value 0 is left, of two -1 and 1"
+    m = nn.Sequential(nn.Conv2d(3,8,3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8,8,1), nn.BatchNorm2d(8))
+    g = bn_to_gn(m, num_groups)
+    g[4] = GroupNorm(num_groups, 8, eps=1e-9)
+    g,x = g.double(),tilted(4)
+    with warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter('always')
+        y = g(x)
+        g(x[:2]); g(x[:0])  # an empty batch is none
+    assert len([w for w in ws if 'nothing is left but signs' in str(w.message)]) == (0 if left is None else 2)
+    assert (left is not None) == bool(torch.allclose(y.abs(), torch.tensor(left or 0., dtype=F64), atol=1e-4))
+
+@pytest.mark.parametrize('make', [lambda: timm.layers.BatchNormAct2d(8), lambda: BatchNorm1dFlat(2)])
+def test_layers_with_more_around_the_norm_warn_of_signs_too(make):
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); g = bn_to_gn(make(), num_groups=4)
+    with pytest.warns(UserWarning, match='but signs'): g(torch.randn(3,8,1,1) if g.num_channels == 8 else torch.randn(3,5,2))
+
+def test_compiled_code_is_not_broken_by_the_warning():
+    g = bn_to_gn(nn.BatchNorm2d(8), num_groups=4)
+    f = torch.compile(g, fullgraph=True, backend='eager')
+    x = torch.randn(3,8,1,1)
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); want = g(x)
+    torch.testing.assert_close(f(x), want)
+
 def test_own_forward_is_lost_with_a_warning():
     with pytest.warns(UserWarning, match='Plus has a forward of its own'): g = bn_to_gn(Plus(4))
     assert type(g) is GroupNorm

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
-from fastai.vision.all import aug_transforms, load_learner, resnet18, vision_learner
+from fastai.vision.all import (CropPad, FlipItem, ItemTransform, PILImage, RandomCrop, RandomResizedCrop, RandomResizedCropGPU, Resize, TensorImage, TensorMultiCategory, Transform, aug_transforms,
+                               load_learner, resnet18, vision_learner)
 
 import fastai_bn
 from fastai_bn.hpa import *
@@ -233,6 +234,71 @@ def test_a_size_that_is_none(small):
 
 def test_a_file_that_is_gone(small):
     with pytest.raises(ValueError, match='nobody_red.png cannot be read as a PNG image'): LoadHPA(small/'train').encodes('nobody')
+
+def test_colour_files_are_as_bright_as_gray_ones(small):
+    "Those of the atlas' own releases: each channel in its colour"
+    g = np.random.default_rng(0).integers(0, 256, (32,32), dtype=np.uint8)
+    on = dict(red=(1,0,0), green=(0,1,0), blue=(0,0,1), yellow=(1,1,0))
+    for mode in ('RGB','RGBA','P'):
+        for c,o in on.items():
+            im = Image.fromarray(np.stack([g*k for k in o], -1).astype(np.uint8))
+            (im.quantize(256) if mode == 'P' else im.convert(mode)).save(small/'train'/f'v18_{c}.png')
+        x = LoadHPA(small/'train', 32).encodes('v18')
+        np.testing.assert_allclose(x.numpy(), np.stack([g/255]*4), atol=3/255 if mode == 'P' else 1e-6)  # a palette rounds
+
+@pytest.mark.parametrize('other', ['jpg','tif','PNG'])
+def test_files_of_another_kind_are_named(small, other):
+    i = ids(small)[1]
+    f = small/'train'/f'{i}_blue.png'
+    f.rename(f.with_suffix('.'+other))
+    with pytest.raises(FileNotFoundError, match=f'{i}_blue.png is missing .*There is {i}_blue.{other}, but only .png'): HPADataLoaders.from_folder(small, size=32)
+    with pytest.raises(ValueError, match=f'There is {i}_blue.{other}, but only .png'): LoadHPA(small/'train', 32).encodes(i)
+
+
+# --- Other images: the competition's test/
+
+def test_images_of_another_folder_are_loaded_when_they_are_needed(small):
+    dls = HPADataLoaders.from_folder(small, size=32, bs=2, num_workers=0, device='cpu')
+    assert type(dls) is HPADataLoaders and dls.path == small
+    (small/'test').mkdir()
+    for f in (small/'train').glob('*.png'): (small/'test'/f'new-{f.name}').write_bytes(f.read_bytes())
+    new = [f'new-{i}' for i in ids(small)]
+    want = torch.stack([LoadHPA(small/'test', 32)(i) for i in new])
+    dl = dls.test_dl([small/'test'/i for i in new])
+    assert torch.equal(torch.cat([b[0] for b in dl]), want)
+    assert torch.equal(torch.cat([b[0] for b in dls.test_dl(ids(small))]), torch.stack([LoadHPA(small/'train', 32)(i) for i in ids(small)]))  # Ids, as ever
+    assert torch.equal(torch.cat([b[0] for b in dls.test_dl(list(want))]), want)  # what is loaded already
+    with pytest.raises(ValueError, match=r"test/.*dls.test_dl\(\[path/'test'/Id\]\)"): dls.test_dl(new).one_batch()
+    with pytest.raises(ValueError, match='no plain file name'): dls.test_dl([small/'test'/'..']).one_batch()
+
+
+# --- Transforms that would do nothing
+
+class OfPIL(Transform):
+    def encodes(self, x:PILImage): return x
+
+class OfImages(Transform):
+    def encodes(self, x:TensorImage): return x*0
+
+class OfLabels(Transform):
+    def encodes(self, y:TensorMultiCategory): return y*0
+
+class OfPairs(ItemTransform):
+    def encodes(self, xy): return xy[0]*0,xy[1]
+
+def annotated(x:PILImage): return x
+def of_all(x): return x
+
+@pytest.mark.parametrize('tfm', [Resize(16), RandomResizedCrop(16), RandomCrop(16), CropPad(16), OfPIL, OfPIL(), annotated])
+def test_a_transform_that_would_do_nothing_is_an_error(small, tfm):
+    for kw in (dict(item_tfms=tfm), dict(item_tfms=[OfImages(), tfm]), dict(batch_tfms=tfm)):
+        with pytest.raises(ValueError, match=f'{list(kw)[0]}: .* would do nothing'): HPADataLoaders.from_folder(small, size=32, bs=2, num_workers=0, **kw)
+
+@pytest.mark.parametrize('tfm,zero', [(OfImages,0), (OfImages(),0), (OfLabels(),1), (OfPairs(),0), (of_all,None), (FlipItem(1.),None), (None,None), ([],None)])
+def test_a_transform_that_does_something_is_none(small, tfm, zero):
+    xy = HPADataLoaders.from_folder(small, size=32, bs=2, num_workers=0, device='cpu', item_tfms=tfm).valid.one_batch()
+    if zero is not None: assert not xy[zero].any() and xy[1-zero].any()
+    HPADataLoaders.from_folder(small, size=32, bs=2, num_workers=0, device='cpu', batch_tfms=[*aug_transforms(), RandomResizedCropGPU(16)])
 
 @pytest.mark.parametrize('valid_pct', [0, 1, -.1, 2])
 def test_bad_valid_pct(small, valid_pct):

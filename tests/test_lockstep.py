@@ -1,10 +1,11 @@
 "`MicroBatched` and `micro_bs`: one large batch in micro-batches that meet at BN layers, equal to rounding"
-import copy, gc, os, pickle, traceback, weakref
+import copy, gc, itertools, os, pickle, traceback, weakref
 from collections import namedtuple
 from functools import partial
 from types import SimpleNamespace
 
 import pytest, timm, torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from greenlet import getcurrent, greenlet
 from timm.layers import BatchNormAct2d
@@ -17,7 +18,7 @@ from fastai.callback.hook import Hook, hook_outputs
 from fastai.vision.all import CrossEntropyLossFlat, DynamicUnet, MixUp, TensorImage, create_body, load_learner, set_seed
 
 from fastai_bn.accumulate import AccumulateGradBN
-from fastai_bn.lockstep import MicroBatched, _LockStep, _settings
+from fastai_bn.lockstep import MicroBatched, _LockStep, _affine, _mean_var, _settings, _sums
 from fastai_bn.moments import bn_layers, capture_moments
 from fastai_bn.paging import ActivationPager
 from fastai_bn.precise import PreciseBN, precise_bn
@@ -275,8 +276,57 @@ def test_backward_twice_and_never():
     once = [p.grad.clone() for p in m.parameters()]
     loss.backward()
     for a,p in zip(once, m.parameters()): assert error(p.grad, 2*a) < 1e-14
-    with pytest.raises(RuntimeError, match='once_differentiable'):
-        torch.autograd.grad(weigh(MicroBatched(m, 3)(x)), list(m.parameters()), create_graph=True)[0].sum().backward()
+
+def test_a_second_derivative_is_an_error_that_says_what_to_do():
+    "Also where the gradient that comes into BN is a constant: autograd itself would leave out a term there, without a word"
+    for m in (conv_net().train(), nn.BatchNorm2d(3).double().train()):
+        x = tilted(8).requires_grad_()
+        for micro_bs in (1,3):
+            grads = torch.autograd.grad(MicroBatched(m, micro_bs)(x).sum(), [x, *m.parameters()], create_graph=True)
+            for g,want in zip(grads, torch.autograd.grad(m(x).sum(), [x, *m.parameters()])): assert (g-want).abs().max() < 1e-12  # the first is as ever
+            with pytest.raises(RuntimeError, match='micro_bs.*budget'): grads[0].square().sum().backward()
+        assert_untouched(m)
+
+def test_forward_mode_and_transforms_are_errors_that_say_what_to_do():
+    m,x = conv_net().train(),tilted(8)
+    f = MicroBatched(m, 3)
+    with fwAD.dual_level(), pytest.raises(RuntimeError, match='micro_bs.*budget'): f(fwAD.make_dual(x, torch.ones_like(x)))
+    for transform in (torch.func.grad(lambda x: f(x).sum()), lambda x: torch.func.vmap(f)(x[None]), lambda x: torch.func.jvp(f, (x,), (x,))):
+        with pytest.raises(RuntimeError, match='micro_bs.*budget'): transform(x)
+    assert_untouched(m)
+
+def layouts(shape):
+    "Ways to lay a tensor of this shape into memory: all orders of dimensions, and parts of larger ones"
+    for order in itertools.permutations(range(len(shape))):
+        back = [order.index(i) for i in range(len(shape))]
+        yield lambda t,order=order,back=back: t.permute(order).contiguous().permute(back)
+    yield lambda t: torch.stack([t, t], -1)[...,0]
+    yield lambda t: torch.cat([t, t], 1)[:,:t.shape[1]]
+    yield lambda t: torch.cat([t.flatten(1), t.new_zeros(len(t), 7)], 1)[:,:t[0].numel()].view(t.shape)
+
+@pytest.mark.parametrize('shape', [(n,*size) for size in ((8,), (8,5), (8,4,3), (8,1,4), (1,4,4), (8,3,2,2)) for n in (1,2)], ids=str)
+def test_any_layout_of_values_and_gradients(shape):
+    "Of one sample of which exactly one of the two is a view, PyTorch's CPU kernel took a layout for another"
+    x,dy = tilted(shape[0], shape[1], shape[2:]),tilted(shape[0], shape[1], shape[2:], seed=1)
+    mean,var,w = torch.randn(shape[1], dtype=F64),1+torch.rand(shape[1], dtype=F64),torch.rand(shape[1], dtype=F64)
+    dims,wide = [i for i in range(x.dim()) if i != 1],(-1,*[1]*(x.dim()-2))
+    want = (dy*(x-mean.view(wide))*(var.view(wide)+1e-5).rsqrt()).sum(dims),dy.sum(dims)
+    for a,b in itertools.product(layouts(shape), layouts(shape)):
+        for got,ref in zip(_sums(b(dy), a(x), w, mean, var, 1e-5), want): assert error(got, ref) < 1e-12
+        assert error(_mean_var(a(x))[1], x.var(dims, correction=0)) < 1e-12 or x.numel() == x.shape[1]
+        assert error(_affine(a(dy), w, None, mean, var), (dy-mean.view(wide))*var.view(wide).rsqrt()*w.view(wide)) < 1e-12
+
+class Tokens(nn.Module):
+    "The stem of a hybrid transformer: the gradient comes back to BN as a transposed view"
+    def __init__(self): super().__init__(); self.conv,self.bn,self.lin = nn.Conv2d(3,8,3,padding=1),nn.BatchNorm2d(8),nn.Linear(8,8)
+    def forward(self, x):
+        y = self.bn(self.conv(x)).flatten(2).transpose(1,2)
+        return y+self.lin(y).tanh()
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('micro_bs', [1, 2, 3])
+def test_one_sample_behind_which_layouts_change(micro_bs, memory_format):
+    compare(seeded(Tokens), tilted(4, size=(4,4)).to(memory_format=memory_format), micro_bs)
 
 def test_part_of_the_gradient():
     a,b,x = conv_net().train(),conv_net().train(),tilted(8)

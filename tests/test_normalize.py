@@ -4,7 +4,7 @@ import copy, math, pickle, warnings
 import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
-from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, ImageDataLoaders, MaskBlock, Normalize, PILImage, PILMask, TensorBBox, TensorCategory, TensorImage,
+from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, Datasets, ImageBlock, ImageDataLoaders, MaskBlock, Normalize, PILImage, PILMask, TensorBBox, TensorCategory, TensorImage,
                                TensorImageBW, TensorMask, TensorPoint, aug_transforms, imagenet_stats, load_learner, model_meta, resnet18, risinstance, unet_learner, vision_learner)
 from fastai_bn.all import HPADataLoaders, ImageNormalize, image_normalize, make_hpa
 from fastai_bn.hpa import TensorHPA
@@ -277,6 +277,52 @@ def test_in_imagedataloaders(folder, tmp_path):
     x,y = dls.valid.one_batch()
     assert torch.allclose(x.amin((1,2,3)), torch.zeros(3)) and torch.allclose(x.amax((1,2,3)), torch.ones(3))
     for (im,_),f in zip(dls.valid.decode_batch((x,y)), dls.valid.items): assert (im-raw(f)).abs().max() <= 1
+
+@pytest.mark.parametrize('target', [torch.rand(2,3,8,8), TensorImage(torch.rand(2,3,8,8)), torch.rand(2,3,8,8).to(torch.uint8), torch.rand(2)], ids=['floats','images','bytes','numbers'])
+def test_targets_are_no_images(target):
+    "Heat maps, the clean image of a noisy one, what is to be coloured: fastai's own type dispatch knows nothing of inputs and targets"
+    x,tfm = torch.rand(2,3,8,8)*9,ImageNormalize()
+    for b in ((x,target), [x,target]):
+        out = tfm(b)
+        assert type(out) is type(b) and torch.equal(out[0], image_normalize(x)) and out[1] is target
+    assert torch.equal(tfm((x,))[0], image_normalize(x)) and torch.equal(tfm(x), image_normalize(x))
+    a,b,y = tfm(((x,[x]),x,target))
+    assert torch.equal(a[0], image_normalize(x)) and torch.equal(a[1][0], image_normalize(x)) and torch.equal(b, image_normalize(x)) and y is target
+
+@pytest.mark.parametrize('n_inp', [1, 2, None])
+def test_the_data_say_how_many_inputs_there_are(n_inp):
+    xs = [TensorImage(torch.rand(3,8,8)*9) for _ in range(4)]
+    take = lambda o: o
+    dsets = Datasets(xs, [[take]]*3, n_inp=n_inp)
+    dls = DataLoaders.from_dsets(dsets, dsets, bs=4, num_workers=0, device='cpu', after_batch=ImageNormalize())
+    b = dls.valid.one_batch()
+    assert [torch.equal(o.as_subclass(Tensor), image_normalize(torch.stack(xs)).as_subclass(Tensor)) for o in b] == [True, n_inp != 1, False]
+    test = dls.test_dl(xs).one_batch()
+    assert len(test) == dsets.n_inp and all(o.mean().abs() < 1e-5 for o in test)
+
+def test_a_batch_without_images_is_a_warning():
+    tfm = ImageNormalize()
+    for b in ((torch.randint(9, (2,3,8,8)), torch.rand(2)), [TensorMask(torch.ones(2,8,8)), TensorMask(torch.ones(2,8,8))]):
+        with pytest.warns(UserWarning, match='found no image'): assert all(a is o for a,o in zip(tfm(b), b))
+
+def test_a_mask_of_samples_is_not_taken_for_one_of_channels():
+    x = images((3,3,4,5))
+    per_sample,per_channel = torch.rand(3,1,4,5) > .4,torch.rand(1,3,4,5) > .4
+    for ok in (per_sample, per_channel):
+        np.testing.assert_allclose(image_normalize(x, mask=ok), reference(x, ok=ok.numpy()), atol=1e-11)
+        for mask in (ok.view(3,4,5), lambda x,ok=ok: ok.view(3,4,5)):
+            with pytest.raises(ValueError, match=r'of samples or of channels.*\[B, 1, \*\].*\[1, C, \*\]'): image_normalize(x, mask=mask)
+    with pytest.raises(ValueError, match=r'does not broadcast.*\[B, 1, \*\]'): image_normalize(x[:2], mask=per_sample[:2,0])
+    np.testing.assert_allclose(image_normalize(x[:2], mask=per_channel[0]), reference(x[:2], ok=per_channel.numpy()), atol=1e-11)  # no doubt here
+    np.testing.assert_allclose(image_normalize(x[0], mask=per_channel[0]), reference(x[:1], ok=per_channel.numpy())[0], atol=1e-11)
+    v = images((2,2,3,4,5))
+    with pytest.raises(ValueError, match='of samples or of channels'): image_normalize(v, mask=torch.rand(2,3,4,5) > .4)
+    with pytest.raises(ValueError, match='of samples or of channels'): image_normalize(v[:,:,0,0], ndim=1, mask=torch.rand(2,5) > .4)
+
+def test_percentiles_of_another_stat_are_an_error():
+    for stat in ('std','minmax'):
+        for f in (lambda **kw: image_normalize(images(), **kw), ImageNormalize):
+            with pytest.raises(ValueError, match="is of stat='percentile'"): f(stat=stat, q=(5,95))
 
 @pytest.mark.parametrize('mask', [False,True])
 def test_learners_add_no_normalize_of_their_own(folder, mask, monkeypatch):

@@ -1,4 +1,4 @@
-import contextlib, copy, gc, math, pickle, re, warnings, weakref
+import contextlib, copy, ctypes, gc, io, math, pickle, re, subprocess, sys, textwrap, threading, warnings, weakref
 
 import numpy as np, pytest, torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from fastai_bn import paging
 from fastai_bn.paging import *
 
 KB64 = 2**16
+METHODS = {k:vars(torch.Tensor).get(k) for k in paging._STAYS}  # of tensors, before any block
 pytestmark = [pytest.mark.filterwarnings('ignore:A budget on the CPU'), pytest.mark.filterwarnings('ignore:.*alone needs'),
               pytest.mark.filterwarnings('ignore:Sparse'), pytest.mark.filterwarnings('ignore:torch.quantize'),
               pytest.mark.filterwarnings('ignore:The PyTorch API of nested'), pytest.mark.filterwarnings('ignore:Using `torch.compile')]
@@ -78,6 +79,7 @@ def is_clean(p=None):
     "No trace of a pager"
     assert not any(isinstance(o, ActivationPager) for o in _get_current_dispatch_mode_stack())
     assert not nn_module._global_forward_pre_hooks
+    assert not [k for k in paging._STAYS if vars(torch.Tensor).get(k) is not METHODS[k]]
     if p is not None: assert not any(q._post_accumulate_grad_hooks for q in p.parameters())
 
 @pytest.fixture
@@ -319,6 +321,17 @@ def test_resize_and_out_that_grows():
         x.sum()
         g = e+1
     assert torch.equal(f, (x+1)*2) and torch.equal(g, torch.full((200,256), 4.)) and p.peak >= 2*200*1024
+
+def test_a_storage_may_be_an_argument():
+    x = big()
+    with ActivationPager(1):
+        y = x+1
+        st = y.untyped_storage()
+        x+1
+        z = torch.empty(0).set_(st, 5, (9,9), (256,1))
+        x+1
+        got = z*2
+    assert torch.equal(got, (x+1).flatten()[5:].as_strided((9,9), (256,1), 5)*2)
 
 def test_set_data_and_swaps_of_storage():
     x,y = big(),big()
@@ -816,6 +829,157 @@ def test_other_modes_inside_and_outside():
         def __torch_dispatch__(self, func, types, args=(), kwargs=None): self.n += func is torch.ops.aten.copy_.default; return func(*args, **(kwargs or {}))
     with Copies() as c, ActivationPager(1): a = big(); b = a.sum(); big().sum(); a.sum()
     assert c.n == 0
+
+
+# Reads that are no operation, and what PyTorch does otherwise within a mode
+
+READS = {'str':str, 'repr':repr, 'format':lambda t: f'{t}', 'of a list':lambda t: str([t, (t,)]), 'parameter':lambda t: str(nn.Parameter(t)), 'subclass':lambda t: str(t.as_subclass(TensorImage)),
+         'tolist':lambda t: t.tolist(), 'deepcopy':lambda t: copy.deepcopy(t), 'pickle':lambda t: pickle.loads(pickle.dumps(t)), 'pickled subclass':lambda t: pickle.loads(pickle.dumps(t.as_subclass(TensorImage))),
+         'numpy':lambda t: t.numpy().copy(), 'asarray':lambda t: np.asarray(t).copy(), 'dlpack':lambda t: np.from_dlpack(t).copy(), 'storage':lambda t: t.storage().tolist(),
+         'share_memory_':lambda t: t.share_memory_().clone(), 'data_ptr':lambda t: ctypes.string_at(t.data_ptr(), t.element_size()*8)}
+
+def saved(t):
+    buf = io.BytesIO()
+    torch.save(t, buf)
+    return torch.load(io.BytesIO(buf.getvalue()))
+
+def alike(a, b): return torch.equal(a, b) if isinstance(a, torch.Tensor) else np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
+
+@pytest.mark.filterwarnings('ignore:TypedStorage')
+@pytest.mark.parametrize('view', [lambda t: t, lambda t: t[3,:9], lambda t: t[1,1], lambda t: t.t()], ids=['all','slice','number','transposed'])
+@pytest.mark.parametrize('read', [*READS, 'save'])
+def test_a_read_that_is_no_operation_sees_what_is_there(read, view):
+    f = saved if read == 'save' else READS[read]
+    x = torch.arange(90_000.).view(300,300)
+    want = f(view(x*2))
+    with ActivationPager(1):
+        a = x*2
+        v = view(a)
+        x+1
+        assert a.untyped_storage().nbytes() == 0
+        assert alike(f(v), want)
+        x+1
+        assert alike(f(v), want)
+    assert alike(f(v), want)
+    is_clean()
+
+def test_who_looked_has_a_copy_and_who_took_the_memory_keeps_it():
+    with ActivationPager(1):
+        a,b = big()+1,big()+2
+        big()+1
+        str(a); a.tolist(); copy.deepcopy(a)
+        taken = b.numpy()
+        want = taken.copy()
+        big()+1
+        assert a.untyped_storage().nbytes() == 0 and b.untyped_storage().nbytes() == 2**18
+        b.add_(1)
+        np.testing.assert_array_equal(taken, want+1)
+
+def test_a_look_keeps_the_budget():
+    xs = [big() for _ in range(8)]
+    with (p := ActivationPager(3*2**18)):
+        for x in xs: x.sum()
+        for x in xs: str(x)
+        assert p._block.resident <= 3*2**18
+
+def test_reads_in_hooks_of_backward_and_from_other_threads():
+    said = []
+    def run(pager):
+        m,x,y = make('resnet')
+        for o in m: o.register_full_backward_hook(lambda _,a,b: said.append(str(b[0]))); o.register_forward_hook(lambda _,a,p: said.append(repr(p)))
+        said.clear()
+        return step(m, x, y, pager),list(said)
+    (ref,want),(got,seen) = run(None),run(ActivationPager(1))
+    assert same(got, ref) and seen == want and len(want) == 14
+    with ActivationPager(1):
+        a = big()+1
+        want = a.tolist()
+        big()+1
+        (t := threading.Thread(target=lambda: said.append(a.tolist()))).start(); t.join()
+        assert said[-1] == want
+
+def test_two_pagers_in_two_threads_and_who_patches_in_between(monkeypatch):
+    "Each of three blocks ends in another order than they began"
+    entered,leave = threading.Barrier(3),[threading.Event() for _ in range(2)]
+    def block(e):
+        with ActivationPager(1): entered.wait(); e.wait()
+    ts = [threading.Thread(target=block, args=(e,)) for e in leave]
+    for t in ts: t.start()
+    entered.wait()
+    with ActivationPager(1):
+        a = big()+1; big()+1
+        leave[0].set(); ts[0].join()
+        assert len(str(a)) > 10
+        theirs = lambda t, **kw: 'theirs'
+        monkeypatch.setattr(torch.Tensor, '__repr__', theirs)
+    leave[1].set(); ts[1].join()
+    assert vars(torch.Tensor)['__repr__'] is theirs and not paging._reads.ours
+    monkeypatch.undo()
+    torch.Tensor.__repr__ = METHODS['__repr__']
+    is_clean()
+
+def test_conjugates_and_negatives_are_lazy_below_the_pager():
+    x,y = torch.randn(5,5, dtype=torch.complex128),torch.randn(5,2, dtype=torch.complex128)
+    def f(x, y):
+        z = torch.linalg.pinv(x).abs().sum() + torch.linalg.lstsq(x, y, driver='gels').solution.abs().sum()
+        return z + torch.polar(x.abs(), x.imag.neg()).conj().imag.sum() + torch.linalg.eig(x).eigenvalues.abs().sum() + torch.fft.ifft(torch.fft.fft(x.conj())).imag.sum()
+    assert same(grads_of(f, x, y, pager=ActivationPager(1)), grads_of(f, x, y))
+
+def test_zero_tensors_have_no_memory():
+    a,b = torch.full((20_000,), 1.),torch.full((20_000,), 2.)
+    def dual():
+        with torch.autograd.forward_ad.dual_level() as _:
+            make = torch.autograd.forward_ad.make_dual
+            return torch.autograd.forward_ad.unpack_dual((torch.stack([make(a, torch.ones(20_000)), b]).sin()*b).sum(0)).tangent
+    def norms():
+        x = torch.linspace(-1, 1, 20_000, requires_grad=True)
+        g, = torch.autograd.grad(x.norm()+x.view(100,200).norm(dim=1).sum(), x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), x)[0]
+    def jvp(): return torch.func.jvp(lambda x: (x*torch.ones(20_000)).cumsum(0).where(x > 0, 0), (a,), (b,))[1]
+    for f in (dual, norms, jvp):
+        want = f()
+        for budget in (1, '1GiB', None):
+            with ActivationPager(budget): assert torch.equal(f(), want)
+    with ActivationPager(None) as p:
+        torch._efficientzerotensor(10**9, dtype=torch.float32)+1.5*torch._efficientzerotensor(10**9, dtype=torch.float32)
+        assert p.peak < 10**6
+
+def test_lists_of_lengths_are_read_before_any_operation():
+    n = 8200  # 64 KiB of lengths
+    at = torch.arange(1, n+1)
+    rnn,x = nn.LSTM(2, 3),nn.utils.rnn.pack_padded_sequence(torch.randn(n,2,2), torch.tensor([n,n-5]))
+    packed = lambda data: rnn(nn.utils.rnn.PackedSequence(data, x.batch_sizes))[0].data.sum()
+    split = lambda y: sum(o.sum()*i for i,o in enumerate(torch.tensor_split(y, at)))
+    for f,data in (packed,x.data),(split,torch.randn(n+5)):
+        want = grads_of(f, data)
+        def away(data):
+            (x.batch_sizes+1, at+1); big()+1
+            return f(data)
+        assert same(grads_of(away, data, pager=ActivationPager(1)), want)
+
+def test_mutation_of_saved_tensors_is_refused():
+    allow = torch.autograd.graph.allow_mutation_on_saved_tensors
+    with allow(), pytest.raises(RuntimeError, match='allow_mutation_on_saved_tensors'): ActivationPager(1).__enter__()
+    is_clean()
+    x = big()
+    with pytest.raises(RuntimeError, match='allow_mutation_on_saved_tensors'):
+        with ActivationPager(1), allow(): x+1
+    is_clean()
+    with ActivationPager(1): y = x+1
+    assert torch.equal(y, x+1)
+
+def test_formulas_that_pytorch_takes_within_any_mode_are_on_the_page():
+    class Idle(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None): return func(*args, **(kwargs or {}))
+    x,mask = torch.randn(400,300),torch.rand(400,300) > .5
+    x[3,4] = x[7,8] = 0  # several zeros: the gradient of `prod` has a case for them
+    w,y = torch.rand(300),torch.randint(0, 300, (400,))
+    fs = dict(prod=lambda x: x.prod(0), masked_fill=lambda x: (x[:1,0]*torch.ones(400,300).masked_fill(mask, x.mean())).exp(),
+              label_smoothing=lambda x: F.cross_entropy(x, y, w, label_smoothing=.1))
+    page = open('nbs/02_paging.ipynb', encoding='utf-8').read()
+    for k,f in fs.items():
+        assert same(grads_of(f, x, pager=ActivationPager(1)), grads_of(f, x, pager=Idle())), k
+        assert k in page
 
 
 # Pin, warnings, arguments

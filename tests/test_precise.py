@@ -1,4 +1,4 @@
-import copy, random
+import copy, random, warnings
 
 import numpy as np, pytest, torch
 import torch.multiprocessing as mp
@@ -7,6 +7,7 @@ from fastai.basics import Callback, CancelValidException, DataLoader, DataLoader
 from fastai.callback.core import FetchPredsCallback
 from fastai.callback.training import ShortEpochCallback
 from fastai.callback.tracker import SaveModelCallback
+from fastai.learner import load_learner
 
 from fastai_bn.accumulate import AccumulateGradBN
 from fastai_bn.moments import BNMoments, bn_layers, capture_moments
@@ -730,3 +731,35 @@ def test_two_processes_with_uneven_data(tmp_path):
         np.testing.assert_allclose(m, mean, rtol=1e-12)
         np.testing.assert_allclose(v, var, rtol=1e-12)
         assert samples == 11 and values == 11*36
+
+
+# --- Nothing to measure
+
+def test_a_learner_without_training_data_says_so(tmp_path):
+    xs,ys = tilted(12),labels(12)
+    learn = get_learner(get_dls(xs, ys, 4), conv_net(), AccumulateGradBN(2, bn_bs='window'), path=tmp_path)
+    do_fit(learn)
+    learn.export('exported.pkl')
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); new = load_learner(tmp_path/'exported.pkl')
+    before = snapshot(new.model)
+    for f in (new.precise_bn, lambda: new.bn_report(plot=False)):
+        with pytest.raises(ValueError, match='no training data.*dl='): f()
+    with pytest.raises(ValueError, match='no data.*dl'): new.precise_bn(dl=[])
+    torch.testing.assert_close(snapshot(new.model), before, rtol=0, atol=0)
+    new.precise_bn(dl=list(zip(xs.split(5), ys.split(5))))
+    ref = copy.deepcopy(learn.model)
+    precise_bn(ref, xs.split(5), bn_bs=8, progress=False)  # as that of the fit
+    torch.testing.assert_close(bn_state(new.model), bn_state(ref), rtol=1e-10, atol=1e-12)
+
+def test_lazy_layers_have_to_see_a_batch_first():
+    def net(): return nn.Sequential(nn.LazyConv2d(4,3), nn.LazyBatchNorm2d(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyBatchNorm1d(affine=False), nn.LazyLinear(5)).double()
+    xs,ys = tilted(16),labels(16)
+    def learner(*cbs): return get_learner(get_dls(xs, ys, 4), net(), cbs)
+    def capture(m):
+        with capture_moments(bn_layers(m)): m(xs)
+    for f in (lambda: precise_bn(net(), xs.split(4), progress=False), lambda: bn_state(net()), lambda: capture(net()), lambda: learner().precise_bn(), lambda: learner().bn_report(plot=False),
+              *(lambda kw=kw: do_fit(learner(AccumulateGradBN(2, **kw))) for kw in ({}, dict(bn_bs='window'), dict(bn_bs=2), dict(bn_bs='window', micro_bs=2)))):
+        with pytest.raises(ValueError, match="layer '1' is lazy .*run a batch through the model first"): f()
+    m = net()
+    m(xs[:2])
+    assert len(precise_bn(m, xs.split(4), progress=False)) == 2
