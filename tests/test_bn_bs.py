@@ -14,7 +14,7 @@ from fastai.distributed import DistributedDL, DistributedTrainer
 
 from fastai_bn.accumulate import *
 from fastai_bn.accumulate import _BNBatches, _joined
-from conftest import (At, Float32Loss, assert_differ, assert_pristine, assert_same, conv_net, do_fit, get_dls, get_learner, labels, reference_fit,
+from conftest import (ADAM, At, Float32Loss, assert_differ, assert_pristine, assert_same, conv_net, do_fit, get_dls, get_learner, labels, reference_fit,
                       snapshot, tilted, windows_of)
 from test_accumulate import Boom, CPUScaler, Norms, RaiseAt, mean_ce
 
@@ -187,7 +187,7 @@ def test_int_is_the_fit_by_hand(n, bs, n_step, bn_bs, last):
     size = n_step*bs
     w = [[(a,b) for a,b in zip(xs[i:i+size].split(bn_bs), ys[i:i+size].split(bn_bs))] for i in range(0, n, size)]
     if last=='drop' and n%size: w.pop()  # short: fewer samples
-    assert_same(learn.model, reference_fit(conv_net(), w, mean_ce, Adam, n_epoch=3))
+    assert_same(learn.model, reference_fit(conv_net(), w, mean_ce, Adam, n_epoch=3), ADAM)
     assert_pristine(learn)
     assert len(learn.recorder.losses) == 3*sum(map(len, w))
 

@@ -12,7 +12,7 @@ from fastai.learner import load_learner
 from fastai_bn.accumulate import AccumulateGradBN
 from fastai_bn.moments import BNMoments, bn_layers, capture_moments
 from fastai_bn.precise import *
-from conftest import At, F64, assert_pristine, conv_net, do_fit, get_dls, get_learner, labels, snapshot, tilted
+from conftest import At, F64, assert_pristine, conv_net, do_fit, get_dls, get_learner, labels, rounding, snapshot, tilted
 
 
 def reference(xs):
@@ -58,7 +58,7 @@ def test_float32_at_mean_5000():
     m = first_bn().float()
     precise_bn(m, x.split(2), progress=False)
     np.testing.assert_allclose(m[0].running_var, reference([x])[1], rtol=1e-3)
-    np.testing.assert_allclose(m[0].running_mean, reference([x])[0], rtol=1e-7)
+    np.testing.assert_allclose(m[0].running_mean, reference([x])[0], rtol=rounding(4, 1, torch.float32))  # that of a batch is rounded, and the result
 
 def test_dropout_is_off_and_comes_back():
     m = nn.Sequential(nn.Dropout(.9), nn.BatchNorm2d(3), nn.Dropout(.3).eval(), nn.BatchNorm2d(3).eval()).double()
