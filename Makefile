@@ -10,11 +10,14 @@ ARGS   ?=
 export PATH := $(abspath $(BIN)):$(PATH)
 export MPLBACKEND ?= agg
 
-.PHONY: demo test pytest notebooks outputs sync check bench docs docs-serve test-docs setup clean
+.PHONY: demo test quick pytest notebooks outputs sync check bench docs docs-serve test-docs setup clean
 demo: $(READY)
 	@$(BIN)/python -W ignore::FutureWarning:torch.jit._script -m fastai_bn.demo $(ARGS)
 
 test: pytest notebooks check
+
+quick: $(READY)         # for daily work: the tests that take no time, in under a minute
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
 pytest: $(READY)
 	$(BIN)/python -m pytest -n 2 $(ARGS)

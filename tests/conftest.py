@@ -22,6 +22,12 @@ ADAM = rounding(gain=1e4)  # Adam's step divides by |gradient| + eps: near zero 
 AS_GOOD = 4                # errors of two ways to round the same sums have a ratio of this order; a formula that cancels (as E[x^2]-E[x]^2) loses whole digits
 
 
+SLOW = 'bench','demo','distributed','docs','faults','ops','package','precision','soak','unet'  # files that `make quick` leaves out, like tests that are marked slow
+
+def pytest_collection_modifyitems(items):
+    for o in items:
+        if o.path.stem.removeprefix('test_') in SLOW: o.add_marker('slow')
+
 @pytest.fixture(autouse=True)
 def _seed(): set_seed(0)
 

@@ -292,6 +292,7 @@ def test_exceptions_restore(where, exc):
 
 class Bad(Exception): pass
 
+@pytest.mark.slow
 @pytest.mark.parametrize('exc', [Bad, KeyboardInterrupt])
 @pytest.mark.parametrize('where', ['data','before_batch','after_batch','before_train'])
 @pytest.mark.parametrize('how', ['learner','fit'])
@@ -508,6 +509,7 @@ def test_activation_checkpointing_counts_once(reentrant):
     do_fit(learn, 2)
     assert_same(learn.model.net, reference_fit(conv_net(), windows_of(xs, ys, 4, 3), mean_ce, n_epoch=2))
 
+@pytest.mark.slow
 def test_unet():
     m = DynamicUnet(create_body(resnet18(weights=None), cut=-2), 2, (32,32)).double()
     ref = copy.deepcopy(m)
@@ -630,6 +632,7 @@ def rank_data(rank, empty):
         if r == rank: ys[i] = -100
     return xs,ys
 
+@pytest.mark.slow
 def test_two_processes_with_other_denominators(tmp_path):
     ctx = torch.multiprocessing.get_context('spawn')
     q = ctx.Queue()
@@ -648,6 +651,7 @@ def check_ranks(got, empty):
         for k,v in ref.named_parameters(): torch.testing.assert_close(torch.tensor(got[r][k], dtype=F64), v.detach(), rtol=1e-10, atol=1e-11)
     assert got[0]['1.running_mean'] != got[1]['1.running_mean']  # each its own
 
+@pytest.mark.slow
 def test_compiled_model():
     xs,ys = tilted(24),labels(24)
     torch._dynamo.reset()

@@ -98,6 +98,7 @@ def test_fine_tune_and_layers_used_twice():
         return learn
     assert_same_fit(*fits(70, 2, 8, make, train=tune, learner_kw=lambda: dict(splitter=lambda m: [params(m.m.c), params(m.m.head)])))
 
+@pytest.mark.slow
 @pytest.mark.parametrize('n,num_it', [(64,100), (70,12), (48,9), (16,7)])
 def test_lr_find_has_the_large_batchs_curve(n, num_it, tmp_path):
     def find(learn):
@@ -141,6 +142,7 @@ def test_export_and_fit_on(tmp_path):
     for l in (ours,loaded): set_seed(1); l.dls.train.rng.seed(0); l.create_opt(); l.logger = noop; do_fit(l)
     for a,b in zip(ours.model.state_dict().values(), loaded.model.state_dict().values()): assert torch.equal(a, b)
 
+@pytest.mark.slow
 def test_unet():
     def make(): torch.manual_seed(0); return DynamicUnet(create_body(resnet18(weights=None), cut=-2), 2, (32,32))
     xs = tilted(12, size=(32,32)).float()
@@ -167,6 +169,7 @@ def test_checkpointed_layers_count_once(reentrant):
     plain,ours = fit(16, conv_net().float()),fit(2, Segments(reentrant), AccumulateGradBN(8, bn_bs='window')).net
     for (k,a),b in zip(plain.state_dict().items(), ours.state_dict().values()): assert torch.equal(a, b), k
 
+@pytest.mark.slow
 def test_compiled_model():
     torch._dynamo.reset()
     def fit(bs, *cbs):

@@ -40,6 +40,7 @@ def fit_pair(n, bs, n_step, budget, last='step', cbs=lambda: [], **kw):
         return one_cycle(learner(wide_dls(n, bs, last=='drop'), wide(), [*mine, *cbs()], **kw))
     return fit(bs*n_step),fit(bs, AccumulateGradBN(n_step, bn_bs='window', last=last, budget=budget))
 
+@pytest.mark.slow
 @pytest.mark.parametrize('share', [.5, .1, 0])
 @pytest.mark.parametrize('n,bs,n_step,last', [(48,2,8,'step'), (54,1,16,'step'), (54,4,4,'step'), (54,2,8,'drop')])
 def test_any_budget_is_the_large_batch(peak, n, bs, n_step, last, share):
@@ -48,6 +49,7 @@ def test_any_budget_is_the_large_batch(peak, n, bs, n_step, last, share):
     pager = ours.accumulate_grad_bn.pager
     assert pager.moved > 0 and pager.host_peak > 0 and pager.peak < peak
 
+@pytest.mark.slow
 @pytest.mark.parametrize('bn_bs', [None, 4, 8])
 def test_a_budget_changes_no_other_mode_either(bn_bs):
     def fit(budget):
@@ -61,6 +63,7 @@ def test_a_budget_changes_no_other_mode_either(bn_bs):
 def test_budget_with_other_callbacks(cbs):
     assert_same_fit(*fit_pair(48, 2, 8, 1, cbs=cbs, loss_func=CrossEntropyLossFlat()))
 
+@pytest.mark.slow
 def test_unet():
     xs = tilted(8, size=(64,64)).float()
     ys = (xs.mean(1)>0).long()
@@ -161,6 +164,7 @@ def test_validation_runs_outside_the_budget():
 def test_bad_budget(budget):
     with pytest.raises(ValueError, match='budget='): AccumulateGradBN(4, budget=budget)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('in_place', [False,True])
 def test_a_compiled_model_says_that_it_runs_uncompiled(in_place):
     torch._dynamo.reset()

@@ -108,6 +108,7 @@ def test_a_layer_without_parameters_or_statistics():
 
 def test_the_model_itself_is_a_layer(): assert type(bn_to_gn(nn.BatchNorm2d(4))) is GroupNorm
 
+@pytest.mark.slow
 def test_copy_of_a_unet_that_has_seen_a_batch():
     "fastai's U-Nets keep the encoder's activations, which have no deep copy"
     m = create_unet_model(resnet18, 2, (32,32), pretrained=False).train()
@@ -259,6 +260,7 @@ def test_head_trains_with_one_sample():
     g(x).sum().backward()
     assert all(p.grad is not None for p in g.parameters()) and [m.num_groups for m in gns(g)] == [1,1]
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['resnet18','efficientnet_b0','densenet121','mobilenetv3_small_050','dla34','ghostnet_050','hrnet_w18_small','res2net50_26w_4s','vovnet39a','regnety_002','repvgg_a0'])
 def test_nets_of_timm(name):
     m = bn_to_gn(timm.create_model(name, num_classes=3))

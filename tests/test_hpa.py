@@ -168,6 +168,7 @@ def test_composite_of_what_is_no_image_or_no_channels(shape, channels):
 def test_show_says_the_same():
     with pytest.raises(ValueError, match=r"channels='rgby' of a tensor of shape \[3, 8, 8\]"): TensorHPA(torch.rand(4,8,8), channels='rgby')[:3].show()
 
+@pytest.mark.slow
 def test_training_augmentation_export_predict(made, tmp_path):
     dls = HPADataLoaders.from_folder(made, size=32, bs=8, batch_tfms=aug_transforms(size=32))
     learn = vision_learner(dls, resnet18, n_in=4, pretrained=False, normalize=False)
@@ -384,6 +385,7 @@ def test_a_pipe_is_no_file(small):
 fuzz = settings(derandomize=True, deadline=None, max_examples=300, database=None, suppress_health_check=list(HealthCheck))
 pieces = st.sampled_from(['Id','Target','Id,Target\n','a','0000-000000','../x','1','27 3','28',',','\n','\r\n','\r','"','""','\0','\ufeff',' ','\t',';','é','/','..'])
 
+@pytest.mark.slow
 @fuzz
 @given(st.one_of(st.binary(max_size=200), st.lists(pieces, max_size=40).map(lambda o: ''.join(o).encode()), st.lists(pieces, max_size=40).map(lambda o: 'Id,Target\n'.encode() + ''.join(o).encode())))
 def test_any_table_is_read_or_refused(data):

@@ -127,6 +127,7 @@ def test_clip():
     assert torch.equal(image_normalize(x, stat='percentile', clip=(0,1)), image_normalize(x, stat='percentile').clamp(0, 1))
     assert image_normalize(x, clip=(-1,1.5)).amax() == 1.5
 
+@pytest.mark.slow
 def test_input_stays_and_gradients_pass():
     x = images((2,2,4,5)).requires_grad_()
     before = x.detach().clone()
@@ -326,6 +327,7 @@ def test_percentiles_of_another_stat_are_an_error():
         for f in (lambda **kw: image_normalize(images(), **kw), ImageNormalize):
             with pytest.raises(ValueError, match="is of stat='percentile'"): f(stat=stat, q=(5,95))
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mask', [False,True])
 def test_learners_add_no_normalize_of_their_own(folder, mask, monkeypatch):
     "With stats as of a pretrained net"

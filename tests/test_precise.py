@@ -222,6 +222,7 @@ def test_what_comes_after_the_last_layer_runs_once():
     for k,o in total.items(): torch.testing.assert_close(dict(m.named_modules())[k].running_var, o.var(), rtol=0, atol=0)
     assert not any(o._forward_hooks for o in m.modules())
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['twice','never','sometimes twice','compiled'])
 def test_it_runs_through_where_stopping_is_not_safe(kind):
     class Net(nn.Module):
@@ -508,6 +509,7 @@ def test_what_is_recorded_is_validated_with_precise_statistics():
     final = list(learn.recorder.values[-1])[1:]
     with learn.no_logging(): assert list(learn.validate()) == final
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['valid_loss','accuracy'])
 def test_keep_if_better_never_loses(name):
     learn = precise_fit(PreciseBN(keep_if_better=name), 6, Stats())
@@ -706,6 +708,7 @@ def _learner_rank(rank, world, path, q):
     q.put((rank, learn.model[0].running_mean.tolist(), learn.model[0].running_var.tolist(), t.samples[0].item(), learn.precise_bn(n=8).samples[0].item()))
     torch.distributed.destroy_process_group()
 
+@pytest.mark.slow
 def test_processes_share_a_learners_data(tmp_path):
     ctx = mp.get_context('spawn')
     q = ctx.Queue()
@@ -719,6 +722,7 @@ def test_processes_share_a_learners_data(tmp_path):
         np.testing.assert_allclose(v, var, rtol=1e-9)
         assert samples == 21 and few == 8
 
+@pytest.mark.slow
 def test_two_processes_with_uneven_data(tmp_path):
     ctx = mp.get_context('spawn')
     q = ctx.Queue()
