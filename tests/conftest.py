@@ -24,9 +24,15 @@ AS_GOOD = 4                # errors of two ways to round the same sums have a ra
 
 SLOW = 'bench','demo','distributed','docs','faults','ops','package','precision','soak','unet'  # files that `make quick` leaves out, like tests that are marked slow
 
+def is_slow(path): return path.stem.removeprefix('test_') in SLOW
+
+def pytest_ignore_collect(collection_path, config):
+    "Without their imports it is faster still"
+    return True if config.option.markexpr == 'not slow' and is_slow(collection_path) else None
+
 def pytest_collection_modifyitems(items):
     for o in items:
-        if o.path.stem.removeprefix('test_') in SLOW: o.add_marker('slow')
+        if is_slow(o.path): o.add_marker('slow')
 
 @pytest.fixture(autouse=True)
 def _seed(): set_seed(0)
