@@ -3,12 +3,11 @@
 `make test` tries a fixed part. All of it, which takes some minutes:
 
     FASTAI_BN_OPS=all python -m pytest -s tests/test_ops.py"""
-import contextlib, itertools, os
+import contextlib, importlib, itertools, os
 from collections import Counter
 
-import pytest, torch
+import hypothesis, pytest, torch
 import torch.autograd.forward_ad as fwAD
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
@@ -35,6 +34,13 @@ class Idle(TorchDispatchMode):
 def _everything_can_move(monkeypatch):
     "Samples are small"
     monkeypatch.setattr(paging, '_MIN_BYTES', 1)
+
+def data_base(module, name):
+    "On import PyTorch's test machinery forbids the process to set flags, and loads settings of Hypothesis. Not in this process"
+    with pytest.MonkeyPatch.context() as p:
+        p.setattr(torch.backends, 'disable_global_flags', lambda: None)
+        p.setattr(hypothesis.settings, 'load_profile', lambda *_: None)
+        return getattr(importlib.import_module(f'torch.testing._internal.{module}'), name)
 
 def tensors(*trees): return [t for t in tree_iter(trees) if isinstance(t, torch.Tensor)]
 
@@ -112,9 +118,8 @@ class Tally:
 
 @pytest.mark.parametrize('part', range(PARTS))
 def test_operators(part):
-    from torch.testing._internal.common_methods_invocations import op_db
     tally = Tally()
-    for op in op_db[part::PARTS]:
+    for op in data_base('common_methods_invocations', 'op_db')[part::PARTS]:
         for dtype in DTYPES:
             if not op.supports_dtype(dtype, 'cpu') or op.name in NOT_FILLED: continue
             grad = op.supports_autograd and dtype in op.supported_backward_dtypes('cpu')
@@ -129,9 +134,8 @@ def test_operators(part):
 
 @pytest.mark.parametrize('training', [True, False])
 def test_modules(training):
-    from torch.testing._internal.common_modules import module_db
     tally = Tally()
-    for info in module_db:
+    for info in data_base('common_modules', 'module_db'):
         torch.manual_seed(0)
         for i in info.module_inputs_func(info, device='cpu', dtype=torch.float32, requires_grad=True, training=training)[:None if ALL else 2]:
             def f(args, kwargs):
