@@ -39,8 +39,9 @@ def data_base(module, name):
     "On import PyTorch's test machinery forbids the process to set flags, and loads settings of Hypothesis. Not in this process"
     with pytest.MonkeyPatch.context() as p:
         p.setattr(torch.backends, 'disable_global_flags', lambda: None)
-        p.setattr(hypothesis.settings, 'load_profile', lambda *_: None)
-        return getattr(importlib.import_module(f'torch.testing._internal.{module}'), name)
+        profile = hypothesis.settings.get_current_profile_name()
+        try: return getattr(importlib.import_module(f'torch.testing._internal.{module}'), name)
+        finally: hypothesis.settings.load_profile(profile)
 
 def tensors(*trees): return [t for t in tree_iter(trees) if isinstance(t, torch.Tensor)]
 
