@@ -39,7 +39,7 @@ def _group_norm(x:Tensor, num_groups:int, weight:Tensor|None, bias:Tensor|None, 
 
 def _warn_of_signs(x:Tensor, num_groups:int):
     "Two values become -1 and 1, or 1 and -1, and one becomes 0"
-    if 0 < x.numel() <= 2*len(x)*num_groups:
+    if isinstance(x, Tensor) and 0 < x.numel() <= 2*len(x)*num_groups:  # not while torch.fx traces
         warnings.warn("GroupNorm normalises groups of one or two values, of which nothing is left but signs: as behind global pooling. Use fewer groups there "
                       "(num_groups, or a larger channels_per_group), or no norm")
 

@@ -18,7 +18,7 @@ Docs: https://fastai-bn.github.io/fastai_bn/hpa.html.md"""
 
 # %% ../nbs/08_hpa.ipynb #6faaf046
 from __future__ import annotations
-import csv, glob, math, re
+import csv, inspect, math, re
 from collections import Counter
 from numbers import Integral, Real
 from pathlib import Path
@@ -104,9 +104,9 @@ def _check_files(path:Path, ids:list[str], channels:str):
 
 def _instead(f:Path) -> str:
     "What there is in place of file `f`, and what to do about it"
-    same = sorted(o.name for o in f.parent.glob(f'{glob.escape(f.stem)}.*')) if f.parent.is_dir() else []
-    if same: return f". There is {same[0]}, but only .png files are read: convert it"
-    return f". Images of another folder, such as the competition's test/, are named by their path: dls.test_dl([path/'test'/Id]), or LoadHPA(path/'test')"
+    if not f.parent.is_dir(): return f". There is no folder {f.parent}"
+    same = sorted(o.name for o in f.parent.iterdir() if o.stem.lower() == f.stem.lower())
+    return f". There is {same[0]}, but only {f.name} is read: convert or rename it" if same else ''
 
 # %% ../nbs/08_hpa.ipynb #29b0f10d
 class TensorHPA(TensorImage):
@@ -145,6 +145,8 @@ def show_batch(x:TensorHPA, y:TensorMultiCategory, samples, ctxs=None, max_n=9, 
 # %% ../nbs/08_hpa.ipynb #84a4a57c
 _PIXELS = 2**26 # the most of an image; those of the atlas have up to 3072 x 3072
 
+_ELSEWHERE = ". Images of another folder, such as the competition's test/, are named by a Path without colour and extension: dls.test_dl([path/'test'/Id]); or load them by LoadHPA(path/'test')"
+
 class LoadHPA(DisplayedTransform):
     """Load the channels of image `Id` from `folder` as a `TensorHPA` [C, size, size], float32 from 0 to 1.
 
@@ -160,6 +162,7 @@ class LoadHPA(DisplayedTransform):
     def encodes(self, i:str|Path) -> TensorHPA:
         "`i`: the Id of an image in `folder`; or a path, `folder2/Id` without colour and extension, of one anywhere"
         folder,i = (i.parent,i.name) if isinstance(i, Path) else (self.folder,i)
+        if '/' in i: raise ValueError(f"Id {i[:99]!r} is no plain file name{_ELSEWHERE}")
         _check_id(i)
         ims = [self._open(folder/f'{i}_{_colours[c]}.png') for c in self.channels]
         sizes = {o.shape for o in ims}
@@ -173,7 +176,7 @@ class LoadHPA(DisplayedTransform):
             with Image.open(f, formats=['PNG']) as im:
                 if im.width*im.height > _PIXELS: raise ValueError(f"it has {im.width} x {im.height} pixels, more than {_PIXELS:,}")
                 a = np.asarray(im.convert(dict(P='RGB', PA='RGB', RGBA='RGB', LA='L').get(im.mode, im.mode)))
-        except FileNotFoundError as e: raise ValueError(f"{f} cannot be read as a PNG image: it is missing{_instead(f)}") from e
+        except FileNotFoundError as e: raise ValueError(f"{f} cannot be read as a PNG image: it is missing{_instead(f) or _ELSEWHERE}") from e
         except Exception as e: raise ValueError(f"{f} cannot be read as a PNG image: {e}") from e  # of bytes from anywhere, PIL raises anything
         scale = 1 if a.dtype==bool else np.iinfo(a.dtype).max if a.dtype.itemsize < 4 else 65535
         return (a.astype(np.float32) if a.ndim==2 else a[...,:3].max(-1).astype(np.float32))/scale
@@ -201,6 +204,12 @@ def _check_tfms(**tfms):
                 raise ValueError(f"{k}: {getattr(f, '_name', type(f).__name__)} would do nothing: images are tensors (TensorHPA), and it knows neither these nor their labels. "
                                  "`size` resizes images when they are loaded; in batch_tfms aug_transforms and RandomResizedCropGPU crop and zoom")
 
+def _check_names(kwargs:dict):
+    "`TypeError` for a keyword that fastai would take and never look at"
+    known = {k for f in (FilteredBase.dataloaders, kwargs.get('dl_type') or TfmdDL) for k in inspect.signature(f).parameters}
+    for k in kwargs:
+        if k.removeprefix('val_') not in known: raise TypeError(f"HPADataLoaders.from_folder() got an unexpected keyword argument {k!r}, which no DataLoader knows")
+
 def _knows(f:Transform, o) -> bool:
     "Has transform `f` a method for `o`?"
     fn,args = (f.encodes,(o,)) if isinstance(f.encodes, Function) else (f.encodes._f,(f,o))
@@ -227,10 +236,11 @@ class HPADataLoaders(DataLoaders):
         """From the Kaggle layout, of which table and file names are checked at once, and each image when it is loaded (by `LoadHPA`).
 
         `FileNotFoundError`: no train.csv, or no file for a channel. `ValueError`: a train.csv without rows, without the columns Id and Target, with a row too long or too short, an Id that stands there twice or is
-        no plain file name, or a label beyond 0 to 27; fewer than 2 images; a transform that would do nothing to images and labels; and arguments other than those listed here."""
+        no plain file name, or a label beyond 0 to 27; fewer than 2 images; a transform that would do nothing to images and labels; and values other than those listed here. `TypeError`: an argument that no DataLoader knows."""
         path = Path(path)
         _check_at_least(1, size=size, bs=bs)
         _check_tfms(item_tfms=item_tfms, batch_tfms=batch_tfms)
+        _check_names(kwargs)
         ids,targets = _read_csv(path)
         _check_files(path, ids, channels)
         blocks = (TransformBlock(type_tfms=LoadHPA(path/'train', size, channels)), MultiCategoryBlock(vocab=list(HPA_LABELS)))
@@ -240,10 +250,12 @@ class HPADataLoaders(DataLoaders):
         return cls(*dls.loaders, path=path, device=dls.device)
 
     def test_dl(self,
-        test_items, # Ids of images in train/; paths `folder/Id`, without colour and extension, of images anywhere; or what `LoadHPA` has loaded
+        test_items, # Ids of images in train/, also as a table's column Id; paths `folder/Id`, without colour and extension, of images anywhere; what `LoadHPA` has loaded; or one of these
         **kwargs,   # As for fastai's `DataLoaders.test_dl`
     ) -> TfmdDL: # Batches of images, which are loaded when they are needed
         "A DataLoader to predict on, as with `learn.get_preds(dl=...)`"
+        if isinstance(test_items, pd.DataFrame): test_items = test_items['Id']
+        if isinstance(test_items, (str,Path,Tensor)): test_items = [test_items]
         return super().test_dl([(o,) if isinstance(o, (str,Path)) else o for o in test_items], **kwargs)
 
 # %% ../nbs/08_hpa.ipynb #4483ddb9

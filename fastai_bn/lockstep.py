@@ -89,9 +89,9 @@ class _OneBackward(Function):
     def jvp(ctx, *_): raise _one_backward()
 
 class _End(_OneBackward):
-    "Gradients as they are, which nobody can differentiate"
+    "The gradients behind the first `n` arguments, which depend on these, and which nobody can differentiate"
     @staticmethod
-    def forward(ctx, _, *grads): return grads
+    def forward(ctx, n:int, *args): return args[n:]
     @staticmethod
     def backward(ctx, *_): raise _one_backward()
 
@@ -100,7 +100,9 @@ def _once(backward):
     @wraps(backward)
     def run(ctx, *grads):
         with torch.no_grad(): res = backward(ctx, *grads)
-        return _End.apply(torch.empty(0, requires_grad=True), *res) if torch.is_grad_enabled() else res
+        if not torch.is_grad_enabled(): return res
+        of = [t for t in (*grads, *ctx.saved_tensors) if isinstance(t, Tensor) and t.requires_grad]
+        return _End.apply(len(of), *of, *res)
     return run
 
 # %% ../nbs/03_lockstep.ipynb #5cebaf44
@@ -181,7 +183,7 @@ class _Normalise(_OneBackward):
         x,mean,var,w = ctx.saved_tensors
         sum_dy_xhat,sum_dy = _sums(dy, x, w, mean, var, ctx.eps)
         _,moments,_,weight,bias,*_ = ctx.needs_input_grad
-        if moments: ctx.dy[:] = [dy.detach()]
+        if moments: ctx.dy[:] = [dy.detach() if dy.requires_grad else dy]
         return (None, *((sum_dy,sum_dy_xhat) if moments else (None,None)), sum_dy_xhat if weight else None, sum_dy if bias else None, None, None)
 
 # %% ../nbs/03_lockstep.ipynb #1bd406be

@@ -19,6 +19,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 from fastcore.basics import store_attr
+from fastcore.foundation import L
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize
 from fastai.torch_core import TensorBase, TensorImage
@@ -234,11 +235,11 @@ def _stats_of(func, args:tuple, kwargs:dict) -> tuple|None:
 class ImageNormalize(Normalize):
     """Batch transform: `image_normalize` of images, [B, C, H, W] or [B, C, D, H, W]; decoding gives the original intensities.
 
-    Images are `TensorImage` and its subclasses, and floating or 8 and 16 bit tensors [B, C, H, W] of no type of their own; masks, points, boxes and labels are left alone, and what is a tensor
+    Images are `TensorImage` and its subclasses, and floating or unsigned 8 and 16 bit tensors [B, C, H, W] of no type of their own; masks, points, boxes and labels are left alone, and what is a tensor
     [B, C, H, W] of floats but no image needs one of these types. Of a batch only the model's inputs are looked at (the first `n_inp` parts, or all but the last), not its targets. For batches: among `item_tfms` it would come before fastai has made floats of bytes, and could not be decoded.
     `ValueError`, as `image_normalize`: for options at once, for images and what a mask gives when a batch comes."""
     parameters = ()  # nothing to be moved to a device
-    n_inp = None     # inputs of the model; None: all parts of a batch but the last
+    n_inp,_most = None,0 # inputs of the model, as the data say; as batches show
     def __init__(self,
         per:str='channel',  # Statistics of each 'channel' of an image, or of all channels of an 'image' together, which keeps their relation
         stat:str='std',     # 'std': to mean 0 and standard deviation 1; 'minmax': to 0 and 1; 'percentile': those of `q` to 0 and 1
@@ -256,15 +257,17 @@ class ImageNormalize(Normalize):
 
     def __call__(self, b, **kwargs):
         "Normalise `b`: of a batch, the model's inputs alone"
-        if not isinstance(b, (tuple,list)) or hasattr(b, '_fields'): return super().__call__(b, **kwargs)
-        n = self.n_inp or max(1, len(b)-1)  # as fastai counts them
+        if isinstance(b, Tensor): return super().__call__(b, **kwargs)
+        if not isinstance(b, (tuple,list,L)): warnings.warn(f"ImageNormalize does not know which parts of a {type(b).__name__} are images, and has normalised nothing"); return b
+        self._most = max(self._most, len(b)-1, 1)  # as fastai counts inputs; without targets, a batch has as many parts
+        n = self.n_inp or self._most
         res = [self._all(o, kwargs) for o in b[:n]]
-        if all(o is p for o,p in zip(res, b)): warnings.warn(f"ImageNormalize found no image among the batch's {n} input(s), and has normalised nothing")
-        return type(b)([*res, *b[n:]])
+        if all(o is p for o,p in zip(res, b)): warnings.warn(f"ImageNormalize found no image among the batch's {len(res)} input(s), and has normalised nothing")
+        return _made_of([*res, *b[n:]], b)
 
     def _all(self, o, kwargs:dict):
         "`o`, or all that is in it"
-        return type(o)([self._all(p, kwargs) for p in o]) if isinstance(o, (tuple,list)) and not hasattr(o, '_fields') else super().__call__(o, **kwargs)
+        return _made_of([self._all(p, kwargs) for p in o], o) if isinstance(o, (tuple,list,L)) else super().__call__(o, **kwargs)
 
     def encodes(self, x:TensorImage): return self._encoded(x)
     def encodes(self, x:Tensor): return self._encoded(x) if _is_plain(x) else x
@@ -278,6 +281,10 @@ class ImageNormalize(Normalize):
         return _remember(out, tuple(o.as_subclass(Tensor) for o in stats))
 
 # %% ../nbs/07_normalize.ipynb #076ab4e2
+def _made_of(parts:list, b):
+    "`parts` in a tuple, list or named tuple as `b` is"
+    return type(b)(*parts) if hasattr(b, '_fields') else type(b)(parts)
+
 def _is_plain(x:Tensor) -> bool:
     "A batch of images without a type of its own? (Class indices are of wider integers)"
     return type(x) in (Tensor,TensorBase) and x.dim() in (4,5) and (x.is_floating_point() or x.dtype in (torch.uint8,torch.uint16))

@@ -25,7 +25,7 @@ Docs: https://fastai-bn.github.io/fastai_bn/paging.html.md"""
 from __future__ import annotations
 import math, os, re, threading, warnings, weakref
 from bisect import bisect_left
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property, reduce, wraps
 from numbers import Integral, Real
@@ -132,6 +132,7 @@ class _Stored(weakref.ref):
                  'event',  # end of a copy under way
                  'kept',   # not counted: a parameter, buffer or gradient, or on another device
                  'fixed',  # counted, but not to be moved
+                 'holds',  # how many are reading it past all operations
                  'last',   # operation that used it last
                  'rank')   # the highest goes first
 
@@ -141,7 +142,7 @@ def _movable(st:torch.UntypedStorage) -> bool:
 
 def _is_list(t:Tensor) -> bool:
     "Is `t` a list of lengths or indices on the CPU? RNNs of packed sequences and `tensor_split` read theirs before any operation comes"
-    return t.dim() < 2 and t.device.type == 'cpu' and t.dtype in (torch.int32, torch.int64)
+    return t.dtype in (torch.int32, torch.int64) and t.dim() < 2 and t.device.type == 'cpu'
 
 def _plain(t:Tensor):
     "The tensors with a storage of their own that make up `t`: several for sparse tensors and wrapper subclasses"
@@ -275,14 +276,16 @@ class _Block:
         "The record of the storage of `t`"
         if isinstance(t, torch.UntypedStorage): return self.recs.get(t._cdata) or self.add(t)
         st = t.untyped_storage()
-        return self.recs.get(st._cdata) or self.add(st, t._is_zerotensor(), _is_list(t))  # PyTorch's zero tensors have no memory
+        r = self.recs.get(st._cdata) or self.add(st, t._is_zerotensor())  # PyTorch's zero tensors have no memory
+        if r.label >= 0 and _is_list(t): self.fix(r)
+        return r
 
-    def add(self, st:torch.UntypedStorage, kept:bool=False, fixed:bool=False) -> _Stored:
+    def add(self, st:torch.UntypedStorage, kept:bool=False) -> _Stored:
         "A new record"
         if (kind := st.device.type) != 'meta' and (self.device is None or self.device.type == 'cpu' != kind): self.meet(st.device)
         r,n = _Stored(st, self.died),st.nbytes()
         r.key,r.nbytes,r.label,r.host,r.away,r.event,r.last,r.rank = st._cdata,n,-1,None,False,None,0,0
-        r.kept,r.fixed = kept or st.device != self.device,fixed or n < _MIN_BYTES or not _movable(st)
+        r.kept,r.fixed,r.holds = kept or st.device != self.device,n < _MIN_BYTES or not _movable(st),0
         self.recs[r.key] = r
         if r.kept: return r
         self.alive += n; self.resident += n
@@ -386,8 +389,8 @@ def evict(self:_Block, r:_Stored):
 # %% ../nbs/02_paging.ipynb #f9ecc12e
 @patch
 def victims(self:_Block) -> list[_Stored]:
-    "Who may leave now, first to leave first: all but the storages of the operation at hand"
-    return sorted([r for r in list(self.here.values()) if r.last != self.now], key=lambda r: r.rank, reverse=True)
+    "Who may leave now, first to leave first: all but the storages of the operation at hand, and what is being read"
+    return sorted([r for r in list(self.here.values()) if r.last != self.now and not r.holds], key=lambda r: r.rank, reverse=True)
 
 @patch
 def make_room(self:_Block, n:int):
@@ -538,25 +541,21 @@ def note_module(self:_Block, module:nn.Module, args:tuple):
 
 # %% ../nbs/02_paging.ipynb #42b95847
 @patch
-def records_of(self:_Block, trees) -> list[_Stored]:
-    "The records of the tensors in `trees`. functorch's wrappers have no storage; what is in them has"
-    res = []
-    for t in tree_iter(trees):
-        with suppress(NotImplementedError): res += [self.find(o) for o in (_plain(t) if isinstance(t, Tensor) else ())]
-    return res
+def records_of(self:_Block, trees, look_up) -> list[_Stored]:
+    "What `look_up` knows of the storages of all tensors in `trees`"
+    with torch._C.DisableTorchFunctionSubclass():
+        plain = [o for t in tree_iter(trees) if isinstance(t, Tensor) for o in _plain(_unwrapped(t))]
+        return [r for o in plain if (r := look_up(o)) is not None]
 
 @patch
-@contextmanager
-def held(self:_Block, t:Tensor, stays:bool):
-    "Within, `t` is there and nobody's victim; if it `stays`, for good"
-    with torch._C.DisableTorchFunctionSubclass(): recs = self.records_of(t)
-    for r in recs:
-        if r.away: self.make_room(r.nbytes)
-        self.bring_back(r)
-        if stays: self.fix(r)
-    held = [r for r in recs if self.here.pop(r.label, None) is not None]
-    try: yield
-    finally: self.here.update({r.label:r for r in held})
+def if_met(self:_Block, t:Tensor) -> _Stored|None:
+    "The record of the storage of `t`, if there is one: what the block has not met is not away"
+    return self.recs.get(t.untyped_storage()._cdata)
+
+def _unwrapped(t:Tensor) -> Tensor:
+    "What is in the wrappers of `torch.func` transforms"
+    while torch._C._functorch.is_functorch_wrapped_tensor(t): t = torch._C._functorch.get_unwrapped(t)
+    return t
 
 # %% ../nbs/02_paging.ipynb #3f58c50e
 @patch
@@ -581,8 +580,8 @@ def close(self:_Block):
     if error is not None and not isinstance(error, Exception): raise error
 
 # %% ../nbs/02_paging.ipynb #deb9b6a0
-_STAYS = dict(__repr__=False, tolist=False, __deepcopy__=False, numpy=True, data_ptr=True, storage=True, share_memory_=True,
-              __dlpack__=True, __reduce_ex__=True) # the methods; does somebody have the memory afterwards?
+_STAYS = dict(__repr__=False, tolist=False, numpy=True, data_ptr=True, __dlpack__=True,
+              _typed_storage=True) # the methods; does somebody have the memory afterwards? Of the last copying, pickling and sharing are made
 
 class _Reads:
     "While a pager's block is open, in any thread, the methods in `_STAYS` bring their tensor back first"
@@ -608,6 +607,11 @@ class _Reads:
                 if self.before[k] is None: delattr(Tensor, k)
                 else: setattr(Tensor, k, self.before[k])
             self.ours,self.before = {},{}
+
+    def hold(self, recs:list[_Stored], n:int):
+        "`n` more readers of each"
+        with self.lock:
+            for r in recs: r.holds += n
 
     def reader(self, method, stays:bool):
         "`method` of a tensor that is there"
@@ -646,6 +650,7 @@ class ActivationPager(TorchDispatchMode):
         self.budget,self._limit,self.order = budget,parse_budget(budget),None  # `order`: what the last block did
         self.peak,self.need,self.need_op = 0,0,None  # bytes on the device, at most; of the most demanding operation
         self._hook,self._copies,self._block,self._lock,self._limits,self._warned,self._rows = None,_Copies(),None,threading.RLock(),{},set(),math.inf
+        self._running = False  # an operation: nothing leaves
 
     def __enter__(self):
         if self._block is not None or any(isinstance(o, ActivationPager) for o in _get_current_dispatch_mode_stack()): raise RuntimeError(
@@ -670,7 +675,7 @@ class ActivationPager(TorchDispatchMode):
             block,kwargs = self._block,kwargs or {}
             own,writes = block.arguments(func, args, kwargs)
             block.before(func, own, writes)
-            with _lazy_views(): out = func(*args, **kwargs)
+            with _lazy_views(): out = self._run(func, args, kwargs)
             block.after(func, own, writes, out)
             if block.resident > self.peak: self.peak = block.resident
             if (n := block.need(own)) > self.need: self.need,self.need_op = n,func
@@ -679,11 +684,20 @@ class ActivationPager(TorchDispatchMode):
 
 # %% ../nbs/02_paging.ipynb #0264e763
 @patch
+def _run(self:ActivationPager, func, args:tuple, kwargs:dict):
+    "The operation itself. It may run others"
+    before,self._running = self._running,True
+    try: return func(*args, **kwargs)
+    finally: self._running = before
+
+@patch
 def _close(self:ActivationPager) -> _Block:
     "Leave nothing behind"
-    _reads.close(self)
     if self._hook is not None: self._hook.remove()
-    if (block := self._block) is not None: block.close()
+    block = self._block
+    try:
+        if block is not None: block.close()
+    finally: _reads.close(self)
     self._hook = self._block = None
     return block
 
@@ -726,13 +740,34 @@ def pin(self:ActivationPager,
     "Keep tensors on the device until the block ends, for reads that are no PyTorch operation. They count. Outside a block: nothing to do"
     if self._block is None: return
     with self._lock, torch._C.DisableTorchFunctionSubclass():
-        for r in self._block.records_of(trees): self._block.fix(r)
+        for r in self._block.records_of(trees, self._block.find): self._block.fix(r)
 
 @patch
 @contextmanager
 def _for_read(self:ActivationPager, t:Tensor, stays:bool):
     "Within, `t` is there; if it `stays`, until the block ends"
-    with self._lock, (nullcontext() if self._block is None else self._block.held(t, stays)): yield
+    recs = [] if (block := self._block) is None else block.records_of(t, block.if_met)
+    if not recs: yield; return
+    _reads.hold(recs, 1)  # from here on it does not leave
+    try:
+        locked = self._locked_for(recs)
+        try:
+            for r in recs if locked else ():
+                if r.away: block.make_room(r.nbytes)
+                block.bring_back(r)
+                if stays: block.fix(r)
+        finally:
+            if locked: self._lock.release()
+        yield
+        if stays and not locked: _reads.hold(recs, 1)  # for good
+    finally: _reads.hold(recs, -1)
+
+@patch
+def _locked_for(self:ActivationPager, recs:list[_Stored]) -> bool:
+    "Wait for the lock. Without it, if they are there and an operation runs: it may wait for us, and nothing leaves meanwhile"
+    while not self._lock.acquire(timeout=.01):
+        if self._running and not any([r.away for r in recs]): return False
+    return True
 
 # %% ../nbs/02_paging.ipynb #c936b91d
 @patch

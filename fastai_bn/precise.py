@@ -212,16 +212,16 @@ def _with_bar(xbs, n:int):
 # %% ../nbs/04_precise.ipynb #8c5fa090
 class _NotFinite(ValueError): "NaN or inf in data or weights"
 
-def _check(batches, n, bn_bs):
+def _check(batches, n, n_inp, bn_bs):
     "`ValueError` for arguments that make no sense"
-    for k,v,what in ('n',n,'samples'),('bn_bs',bn_bs,'samples per BN batch'):
+    for k,v,what in ('n',n,'samples'),('n_inp',n_inp,'inputs'),('bn_bs',bn_bs,'samples per BN batch'):
         if (k,v) != ('bn_bs',None) and not _is_count(v):
             raise ValueError(f"{k}={v!r}: it is a number of {what}, an integer of at least 1")
     if isinstance(batches, Tensor): raise ValueError(f"batches is a tensor of shape {list(batches.shape)}: give batches of it, as batches.split(32)")
 
 def _measure(model:nn.Module, batches, n:int, n_inp:int, bn_bs:int|None, frozen:bool, budget, progress:bool, micro_bs:int|None=None) -> tuple[dict,_Seen|None]:
     "Layers, and what they see of the population; nothing is changed"
-    _check(batches, n, bn_bs)
+    _check(batches, n, n_inp, bn_bs)
     pager,layers = nullcontext() if budget is None else ActivationPager(budget),_tracking(model, frozen)
     if not layers:
         warnings.warn("precise_bn found no layer to update: the model has no BatchNorm with running statistics"

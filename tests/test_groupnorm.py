@@ -240,6 +240,15 @@ def test_layers_with_more_around_the_norm_warn_of_signs_too(make):
     with warnings.catch_warnings(): warnings.simplefilter('ignore'); g = bn_to_gn(make(), num_groups=4)
     with pytest.warns(UserWarning, match='but signs'): g(torch.randn(3,8,1,1) if g.num_channels == 8 else torch.randn(3,5,2))
 
+def test_fx_traces_it():
+    m = bn_to_gn(nn.Sequential(nn.Conv2d(3,8,3), nn.BatchNorm2d(8), nn.ReLU()))
+    x = torch.randn(2,3,8,8)
+    for f in (torch.fx.symbolic_trace(m), torch.fx.symbolic_trace(bn_to_gn(nn.Sequential(nn.Conv2d(3,8,3), timm.layers.BatchNormAct2d(8))))): assert f(x).shape == (2,8,6,6)
+    assert torch.equal(torch.fx.symbolic_trace(m)(x), m(x))
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m, name): return type(m) is nn.Conv2d  # into the norm, too
+    assert torch.equal(torch.fx.GraphModule(m, Tracer().trace(m))(x), m(x))
+
 def test_compiled_code_is_not_broken_by_the_warning():
     g = bn_to_gn(nn.BatchNorm2d(8), num_groups=4)
     f = torch.compile(g, fullgraph=True, backend='eager')

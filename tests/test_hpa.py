@@ -247,13 +247,22 @@ def test_colour_files_are_as_bright_as_gray_ones(small):
         x = LoadHPA(small/'train', 32).encodes('v18')
         np.testing.assert_allclose(x.numpy(), np.stack([g/255]*4), atol=3/255 if mode == 'P' else 1e-6)  # a palette rounds
 
-@pytest.mark.parametrize('other', ['jpg','tif','PNG'])
+@pytest.mark.parametrize('other', ['blue.jpg','blue.tif','blue.PNG','Blue.png'])
 def test_files_of_another_kind_are_named(small, other):
     i = ids(small)[1]
     f = small/'train'/f'{i}_blue.png'
-    f.rename(f.with_suffix('.'+other))
-    with pytest.raises(FileNotFoundError, match=f'{i}_blue.png is missing .*There is {i}_blue.{other}, but only .png'): HPADataLoaders.from_folder(small, size=32)
-    with pytest.raises(ValueError, match=f'There is {i}_blue.{other}, but only .png'): LoadHPA(small/'train', 32).encodes(i)
+    f.rename(f.with_name(f'{i}_{other}'))
+    with pytest.raises(FileNotFoundError, match=f'{i}_blue.png is missing .*There is {i}_{other}, but only {i}_blue.png'): HPADataLoaders.from_folder(small, size=32)
+    with pytest.raises(ValueError, match=f'There is {i}_{other}, but only {i}_blue.png'): LoadHPA(small/'train', 32).encodes(i)
+    with pytest.raises(ValueError, match='There is no folder .*nowhere'): LoadHPA(small/'nowhere', 32).encodes(i)
+
+@pytest.mark.parametrize('kw', [dict(sise=32), dict(batch_tfm=aug_transforms()), dict(splitter=None), dict(get_x=None), dict(n_inp=2), dict(collate_fn=None)])
+def test_a_keyword_that_nobody_knows_is_an_error(small, kw):
+    with pytest.raises(TypeError, match=f'unexpected keyword argument {list(kw)[0]!r}'): HPADataLoaders.from_folder(small, size=32, bs=2, **kw)
+
+def test_keywords_of_dataloaders_are_none(small):
+    dls = HPADataLoaders.from_folder(small, size=32, bs=2, val_bs=3, shuffle=False, drop_last=False, num_workers=0, val_num_workers=0, verbose=False, device='cpu', pin_memory=False)
+    assert dls.valid.bs == 3 and len(dls.train) == 2
 
 
 # --- Other images: the competition's test/
@@ -271,6 +280,8 @@ def test_images_of_another_folder_are_loaded_when_they_are_needed(small):
     assert torch.equal(torch.cat([b[0] for b in dls.test_dl(list(want))]), want)  # what is loaded already
     with pytest.raises(ValueError, match=r"test/.*dls.test_dl\(\[path/'test'/Id\]\)"): dls.test_dl(new).one_batch()
     with pytest.raises(ValueError, match='no plain file name'): dls.test_dl([small/'test'/'..']).one_batch()
+    with pytest.raises(ValueError, match='no plain file name.*named by a Path'): dls.test_dl(['test/'+new[0]]).one_batch()
+    for one in (small/'test'/new[0], ids(small)[0], want[0], pd.DataFrame(dict(Id=ids(small)[:1], Predicted=[0]))): assert torch.equal(dls.test_dl(one).one_batch()[0], want[:1])
 
 
 # --- Transforms that would do nothing

@@ -287,9 +287,21 @@ def test_a_second_derivative_is_an_error_that_says_what_to_do():
         x = tilted(8).requires_grad_()
         for micro_bs in (1,3):
             grads = torch.autograd.grad(MicroBatched(m, micro_bs)(x).sum(), [x, *m.parameters()], create_graph=True)
-            for g,want in zip(grads, torch.autograd.grad(m(x).sum(), [x, *m.parameters()])): assert (g-want).abs().max() < 1e-12  # the first is as ever
-            with pytest.raises(RuntimeError, match='micro_bs.*budget'): grads[0].square().sum().backward()
+            plain = torch.autograd.grad(m(x).sum(), [x, *m.parameters()], create_graph=True)
+            for g,want in zip(grads, plain): assert (g-want).abs().max() < 1e-12  # the first is as ever
+            with pytest.raises(RuntimeError, match='micro_bs.*budget'): grads[0].square().sum().backward(retain_graph=True)
+            for p in (x, *m.parameters()):  # also where only one derivative is asked for, if there is one
+                second = lambda g: torch.autograd.grad(g.square().sum(), p, retain_graph=True, allow_unused=True)[0]
+                if second(plain[0]) is None: assert second(grads[0]) is None; continue
+                with pytest.raises(RuntimeError, match='micro_bs.*budget'): second(grads[0])
+        with pytest.raises(RuntimeError, match='micro_bs.*budget'): torch.autograd.functional.hvp(lambda x: MicroBatched(m, 3)(x).square().sum(), x, x)
         assert_untouched(m)
+
+def test_many_first_derivatives_at_once():
+    m,x,weights = nn.BatchNorm2d(3).double().train(),tilted(4, size=(2,2)),torch.rand(4,3,2,2, dtype=F64)
+    for kw in ({}, dict(vectorize=True)):
+        want,got = [torch.autograd.functional.jacobian(lambda x: (f(x)**3*weights).mean((0,2,3)), x, **kw) for f in (m, MicroBatched(m, 3))]
+        assert error(got, want) < 1e-12
 
 def test_forward_mode_and_transforms_are_errors_that_say_what_to_do():
     m,x = conv_net().train(),tilted(8)

@@ -1,10 +1,11 @@
 "Single-image normalization: against NumPy in float64, for any size and type, and in fastai's pipelines, forth and back"
 import copy, math, pickle, warnings
+from collections import namedtuple
 
 import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
-from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, Datasets, ImageBlock, ImageDataLoaders, MaskBlock, Normalize, PILImage, PILMask, TensorBBox, TensorCategory, TensorImage,
+from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, Datasets, L, ImageBlock, ImageDataLoaders, MaskBlock, Normalize, PILImage, PILMask, TensorBBox, TensorCategory, TensorImage,
                                TensorImageBW, TensorMask, TensorPoint, aug_transforms, imagenet_stats, load_learner, model_meta, resnet18, risinstance, unet_learner, vision_learner)
 from conftest import rounding
 from fastai_bn.all import HPADataLoaders, ImageNormalize, image_normalize, make_hpa
@@ -12,6 +13,7 @@ from fastai_bn.hpa import TensorHPA
 from fastai_bn.normalize import _Normalized, _byte_percentiles, _percentile
 
 STATS = ['std','minmax','percentile']
+Pair = namedtuple('Pair', 'x y')
 FLOAT32 = rounding(64, 1, torch.float32)  # moments in several accumulators, a difference, a quotient
 TYPES = [torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -303,8 +305,25 @@ def test_the_data_say_how_many_inputs_there_are(n_inp):
     test = dls.test_dl(xs).one_batch()
     assert len(test) == dsets.n_inp and all(o.mean().abs() < 1e-5 for o in test)
 
+def test_a_test_set_without_targets_has_as_many_inputs():
+    "Of a data set that does not know how many inputs it has"
+    x = [TensorImage(torch.rand(3,8,8)*9) for _ in range(4)]
+    items = [(o,o,torch.tensor(1)) for o in x]
+    dls = DataLoaders.from_dsets(items, items, bs=4, num_workers=0, device='cpu', after_batch=ImageNormalize())
+    want = image_normalize(torch.stack(x)).as_subclass(Tensor)
+    dls.valid.one_batch()
+    for dl in (dls.valid, dls.valid.new([o[:2] for o in items]), pickle.loads(pickle.dumps(dls.valid)).new([o[:2] for o in items])):
+        for o in dl.one_batch()[:2]: assert torch.equal(o.as_subclass(Tensor), want)
+
+@pytest.mark.parametrize('make', [lambda *o: o, lambda *o: list(o), lambda *o: L(*o), Pair])
+def test_kinds_of_batches(make):
+    x,y = torch.rand(2,3,8,8)*9,torch.rand(2,3,8,8)
+    out = ImageNormalize()(make(x, y))
+    assert type(out) is type(make(x, y)) and torch.equal(out[0], image_normalize(x)) and out[1] is y
+
 def test_a_batch_without_images_is_a_warning():
     tfm = ImageNormalize()
+    with pytest.warns(UserWarning, match='parts of a dict'): assert tfm(b := dict(x=torch.rand(2,3,8,8))) is b
     for b in ((torch.randint(9, (2,3,8,8)), torch.rand(2)), [TensorMask(torch.ones(2,8,8)), TensorMask(torch.ones(2,8,8))]):
         with pytest.warns(UserWarning, match='found no image'): assert all(a is o for a,o in zip(tfm(b), b))
 

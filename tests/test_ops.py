@@ -19,9 +19,9 @@ PARTS = 4  # tests, so that processes share the work
 FIRST = None if ALL else 2  # samples of each operator and type
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.bfloat16, torch.int64, torch.bool) if ALL else (torch.float32, torch.complex64)
 NOT_FILLED = 'empty','empty_like','empty_permuted','empty_strided','new_empty','new_empty_strided'  # what is in there is anybody's guess
-OTHER_FORMULA = {  # PyTorch takes another one within any dispatch mode; the page on paging says so
-    'prod','cumprod','masked.prod','masked.cumprod','linalg.det','linalg.vander','matmul','__rmatmul__','native_group_norm','nn.CrossEntropyLoss','nn.LinearCrossEntropyLoss'}
-
+# PyTorch takes another formula within any dispatch mode in these ways; the page on paging says so
+OTHER_FORMULA = dict.fromkeys(('prod','cumprod','masked.prod'), ('backward','double_backward','forward_mode')) | dict.fromkeys(('linalg.det','linalg.vander','masked.cumprod'), ('double_backward',)) | \
+    dict.fromkeys(('matmul','__rmatmul__','native_group_norm'), ('forward_mode',)) | dict.fromkeys(('nn.CrossEntropyLoss','nn.LinearCrossEntropyLoss'), ('forward',))
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 
@@ -99,7 +99,8 @@ def same(a, b):
 class Tally:
     "Counts, and what went wrong"
     def __init__(self): self.n,self.wrong = Counter(),[]
-    def check(self, name, way, f, inputs, other_formula=False):
+    def check(self, op, way, f, inputs, what=''):
+        name = f'{op} {what}'
         try: want = result(way, f, inputs)
         except Exception: self.n['fails in PyTorch itself'] += 1; return
         self.n['tried'] += 1
@@ -111,11 +112,13 @@ class Tally:
         elif not same(want, result(way, f, inputs)): self.n['other bits each time'] += 1
         elif same(got, result(way, f, inputs, Idle())):  # PyTorch takes another formula within any mode
             self.n['same bits as within an idle mode'] += 1
-            if not other_formula: self.wrong.append(f'{name} {way.__name__}: another formula')
+            if way.__name__ not in OTHER_FORMULA.get(op, ()): self.wrong.append(f'{name} {way.__name__}: another formula')
         else: self.wrong.append(f'{name} {way.__name__}')
     def done(self):
         if ALL: print(dict(self.n), *sorted(set(self.wrong)), sep='\n')
-        assert self.n['same bits'] > 50 and self.n['bytes moved'] > 10_000 and not self.wrong, (self.n, len(self.wrong), self.wrong[:20])
+        assert self.n['tried'] > 150 and self.n['bytes moved'] > 10_000
+        assert self.n['fails in PyTorch itself']+self.n['other bits each time'] < .02*self.n['tried'], self.n
+        assert not self.wrong, (self.n, len(self.wrong), self.wrong[:20])
 
 @pytest.mark.parametrize('part', range(PARTS))
 def test_operators(part):
@@ -130,7 +133,7 @@ def test_operators(part):
             if grad and (ALL or dtype is torch.float32): ways += [double_backward]*op.supports_gradgrad + [forward_mode]*op.supports_forward_ad
             for s in samples:
                 f = lambda x,args,kwargs,s=s: s.output_process_fn_grad(op(x, *args, **kwargs))
-                for way in ways: tally.check(f'{op.name} {op.variant_test_name} {dtype}', way, f, (s.input,s.args,s.kwargs), op.name in OTHER_FORMULA)
+                for way in ways: tally.check(op.name, way, f, (s.input,s.args,s.kwargs), f'{op.variant_test_name} {dtype}')
     tally.done()
 
 @pytest.mark.parametrize('training', [True, False])
@@ -145,5 +148,5 @@ def test_modules(training):
                 grads = torch.autograd.grad([o.sum() for o in tensors(out) if o.requires_grad], ps, allow_unused=True) if (ps := list(m.parameters())) else ()
                 return out,grads,list(m.buffers())
             inputs = i.forward_input.args,i.forward_input.kwargs
-            tally.check(info.name, forward, f, inputs, info.name in OTHER_FORMULA)
+            tally.check(info.name, forward, f, inputs)
     tally.done()

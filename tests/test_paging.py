@@ -1,4 +1,6 @@
-import contextlib, copy, ctypes, gc, io, math, pickle, re, subprocess, sys, textwrap, threading, warnings, weakref
+import contextlib, copy, ctypes, gc, io, math, pickle, re, threading, warnings, weakref
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np, pytest, torch
 import torch.nn.functional as F
@@ -838,7 +840,7 @@ def test_other_modes_inside_and_outside():
 READS = {'str':str, 'repr':repr, 'format':lambda t: f'{t}', 'of a list':lambda t: str([t, (t,)]), 'parameter':lambda t: str(nn.Parameter(t)), 'subclass':lambda t: str(t.as_subclass(TensorImage)),
          'tolist':lambda t: t.tolist(), 'deepcopy':lambda t: copy.deepcopy(t), 'pickle':lambda t: pickle.loads(pickle.dumps(t)), 'pickled subclass':lambda t: pickle.loads(pickle.dumps(t.as_subclass(TensorImage))),
          'numpy':lambda t: t.numpy().copy(), 'asarray':lambda t: np.asarray(t).copy(), 'dlpack':lambda t: np.from_dlpack(t).copy(), 'storage':lambda t: [t.storage()[i] for i in (0, 301, 89_999)],
-         'share_memory_':lambda t: t.share_memory_().clone(), 'data_ptr':lambda t: ctypes.string_at(t.data_ptr(), t.element_size()*8)}
+         'share_memory_':lambda t: t.share_memory_().clone(), 'queue':lambda t: pickle.loads(ForkingPickler.dumps(t)).clone(), 'data_ptr':lambda t: ctypes.string_at(t.data_ptr(), t.element_size()*8)}
 
 def saved(t):
     buf = io.BytesIO()
@@ -869,7 +871,7 @@ def test_who_looked_has_a_copy_and_who_took_the_memory_keeps_it():
     with ActivationPager(1):
         a,b = big()+1,big()+2
         big()+1
-        str(a); a.tolist(); copy.deepcopy(a)
+        str(a); a.tolist()
         taken = b.numpy()
         want = taken.copy()
         big()+1
@@ -899,6 +901,40 @@ def test_reads_in_hooks_of_backward_and_from_other_threads():
         big()+1
         (t := threading.Thread(target=lambda: said.append(a.tolist()))).start(); t.join()
         assert said[-1] == want
+
+def test_tensors_of_another_thread_are_its_own():
+    "What the block has not met it does not take away, whoever looks at it"
+    go,back,end = [threading.Event() for _ in range(3)]
+    got = []
+    def other():
+        t = big()
+        want = t.clone()
+        go.wait()
+        for f in (str, copy.deepcopy, torch.Tensor.tolist, torch.Tensor.numpy): f(t)
+        back.set(); end.wait()
+        got.append(torch.equal(t, want))
+    (thread := threading.Thread(target=other)).start()
+    with (p := ActivationPager(1)):
+        x = big()+1
+        go.set(); back.wait()
+        n = len(p._block.recs)
+        for _ in range(3): x = x+1; big()
+        end.set(); thread.join()
+    assert got == [True] and n <= 5
+
+def test_an_operation_whose_threads_read_its_arguments():
+    "The pager waits for the operation, and the threads must not wait for the pager"
+    with torch.library._scoped_library('bn_tests', 'FRAGMENT') as lib:
+        lib.define('sines(Tensor x) -> Tensor')
+        def sines(x):
+            with ThreadPoolExecutor(2) as pool: return torch.from_numpy(np.stack(list(pool.map(lambda r: np.sin(r.numpy()), x.detach()))))
+        lib.impl('sines', sines, 'CPU')
+        x = big()
+        with ActivationPager(1):
+            y = x+1
+            big()+1
+            z = torch.ops.bn_tests.sines(y)
+        torch.testing.assert_close(z, (x+1).sin())
 
 def test_two_pagers_in_two_threads_and_who_patches_in_between(monkeypatch):
     "Each of three blocks ends in another order than they began"
@@ -953,12 +989,27 @@ def test_lists_of_lengths_are_read_before_any_operation(monkeypatch):
     rnn,x = nn.LSTM(2, 3),nn.utils.rnn.pack_padded_sequence(torch.randn(n,2,2), torch.tensor([n,n-5]))
     packed = lambda data: rnn(nn.utils.rnn.PackedSequence(data, x.batch_sizes))[0].data.sum()
     split = lambda y: sum(o.sum()*i for i,o in enumerate(torch.tensor_split(y, at)))
-    for f,data in (packed,x.data),(split,torch.randn(n+5)):
+    part = torch.stack([at, at])[0]  # which shows only later that it is a list
+    split_by_part = lambda y: sum(o.sum()*i for i,o in enumerate(torch.tensor_split(y, part)))
+    for f,data in (packed,x.data),(split,torch.randn(n+5)),(split_by_part,torch.randn(n+5)):
         want = grads_of(f, data)
         def away(data):
-            (x.batch_sizes+1, at+1); big()+1
+            (x.batch_sizes+1, at+1, part+1); big()+1
             return f(data)
         assert same(grads_of(away, data, pager=ActivationPager(1)), want)
+
+def test_reads_within_transforms_of_functions():
+    x = torch.randn(20_000)
+    def f(x):
+        y = (x*2).sin()
+        big()+1
+        seen.append((y.tolist(), str(y)[-60:]))
+        return y.sum()
+    for transform in (torch.func.grad(f), lambda x: torch.func.jvp(f, (x,), (x,))[1]):
+        seen = []
+        want = transform(x)
+        with ActivationPager(1): got = transform(x)
+        assert torch.equal(got, want) and seen[0] == seen[1]
 
 def test_mutation_of_saved_tensors_is_refused():
     allow = torch.autograd.graph.allow_mutation_on_saved_tensors
@@ -982,7 +1033,7 @@ def test_formulas_that_pytorch_takes_within_any_mode_are_on_the_page():
     page = open('nbs/02_paging.ipynb', encoding='utf-8').read()
     for k,f in fs.items():
         assert same(grads_of(f, x, pager=ActivationPager(1)), grads_of(f, x, pager=Idle())), k
-        assert k in page
+        assert f'`{k}`' in page
 
 
 # Pin, warnings, arguments
