@@ -28,7 +28,6 @@ import pandas as pd
 import torch
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
-from plum import Function, NotFoundLookupError
 from scipy import ndimage as ndi
 from fastai.vision.all import *
 
@@ -212,9 +211,9 @@ def _check_names(kwargs:dict):
 
 def _knows(f:Transform, o) -> bool:
     "Has transform `f` a method for `o`?"
-    fn,args = (f.encodes,(o,)) if isinstance(f.encodes, Function) else (f.encodes._f,(f,o))
+    fn,args = (f.encodes,(o,)) if hasattr(f.encodes, 'resolve_method') else (f.encodes._f,(f,o))  # of an instance, or of its class
     try: fn.resolve_method(args)
-    except NotFoundLookupError: return False
+    except LookupError: return False
     return True
 
 # %% ../nbs/08_hpa.ipynb #e5793ad5

@@ -539,24 +539,6 @@ def note_module(self:_Block, module:nn.Module, args:tuple):
         for b in m._buffers.values():
             if b is not None: self.keep_tensor(b)
 
-# %% ../nbs/02_paging.ipynb #42b95847
-@patch
-def records_of(self:_Block, trees, look_up) -> list[_Stored]:
-    "What `look_up` knows of the storages of all tensors in `trees`"
-    with torch._C.DisableTorchFunctionSubclass():
-        plain = [o for t in tree_iter(trees) if isinstance(t, Tensor) for o in _plain(_unwrapped(t))]
-        return [r for o in plain if (r := look_up(o)) is not None]
-
-@patch
-def if_met(self:_Block, t:Tensor) -> _Stored|None:
-    "The record of the storage of `t`, if there is one: what the block has not met is not away"
-    return self.recs.get(t.untyped_storage()._cdata)
-
-def _unwrapped(t:Tensor) -> Tensor:
-    "What is in the wrappers of `torch.func` transforms"
-    while torch._C._functorch.is_functorch_wrapped_tensor(t): t = torch._C._functorch.get_unwrapped(t)
-    return t
-
 # %% ../nbs/02_paging.ipynb #3f58c50e
 @patch
 def close(self:_Block):
@@ -579,52 +561,7 @@ def close(self:_Block):
                                 "at the end of the block and are lost: free memory on the device, or keep fewer tensors") from error
     if error is not None and not isinstance(error, Exception): raise error
 
-# %% ../nbs/02_paging.ipynb #deb9b6a0
-_STAYS = dict(__repr__=False, tolist=False, numpy=True, data_ptr=True, __dlpack__=True,
-              _typed_storage=True) # the methods; does somebody have the memory afterwards? Of the last copying, pickling and sharing are made
-
-class _Reads:
-    "While a pager's block is open, in any thread, the methods in `_STAYS` bring their tensor back first"
-    def __init__(self): self.pagers,self.ours,self.before,self.lock = [],{},{},threading.RLock()
-
-    def open(self, pager):
-        "`pager` has a block"
-        with self.lock:
-            self.pagers.append(pager)
-            for k,stays in _STAYS.items():
-                if k in self.ours: continue
-                self.before[k] = vars(Tensor).get(k)  # None: it is inherited
-                self.ours[k] = self.reader(getattr(Tensor, k), stays)
-                setattr(Tensor, k, self.ours[k])
-
-    def close(self, pager):
-        "`pager` has none any longer. A second call does no harm"
-        with self.lock:
-            if pager in self.pagers: self.pagers.remove(pager)
-            if self.pagers: return
-            for k,f in self.ours.items():
-                if vars(Tensor).get(k) is not f: continue  # somebody else's
-                if self.before[k] is None: delattr(Tensor, k)
-                else: setattr(Tensor, k, self.before[k])
-            self.ours,self.before = {},{}
-
-    def hold(self, recs:list[_Stored], n:int):
-        "`n` more readers of each"
-        with self.lock:
-            for r in recs: r.holds += n
-
-    def reader(self, method, stays:bool):
-        "`method` of a tensor that is there"
-        @wraps(method)
-        def read(t, *args, **kwargs):
-            with ExitStack() as stack:
-                for p in list(self.pagers): stack.enter_context(p._for_read(t, stays))
-                return method(t, *args, **kwargs)
-        return read
-
-_reads = _Reads()
-
-# %% ../nbs/02_paging.ipynb #a9bc0fff
+# %% ../nbs/02_paging.ipynb #fb1feb78
 _LAZY = reduce(or_, [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, k)) for k in ('Conjugate','Negative','ZeroTensor')])
 
 def _lazy_views():
@@ -636,7 +573,6 @@ def _refuse_mutation():
     if graph._allow_mutation_on_saved_tensors_enabled: raise RuntimeError(
         "torch.autograd.graph.allow_mutation_on_saved_tensors knows tensors by their address, which changes when an ActivationPager moves them: use one or the other")
 
-# %% ../nbs/02_paging.ipynb #fb1feb78
 class ActivationPager(TorchDispatchMode):
     """Keep the activations of any forward and backward within a budget of device memory; results stay the same bit for bit.
 
@@ -741,6 +677,68 @@ def pin(self:ActivationPager,
     if self._block is None: return
     with self._lock, torch._C.DisableTorchFunctionSubclass():
         for r in self._block.records_of(trees, self._block.find): self._block.fix(r)
+
+# %% ../nbs/02_paging.ipynb #a91c3e4d
+_STAYS = dict(__repr__=False, tolist=False, numpy=True, data_ptr=True, __dlpack__=True,
+              _typed_storage=True) # the methods; does somebody have the memory afterwards? Of the last copying, pickling and sharing are made
+
+class _Reads:
+    "While a pager's block is open, in any thread, the methods in `_STAYS` bring their tensor back first"
+    def __init__(self): self.pagers,self.ours,self.before,self.lock = [],{},{},threading.RLock()
+
+    def open(self, pager):
+        "`pager` has a block"
+        with self.lock:
+            self.pagers.append(pager)
+            for k,stays in _STAYS.items():
+                if k in self.ours: continue
+                self.before[k] = vars(Tensor).get(k)  # None: it is inherited
+                self.ours[k] = self.reader(getattr(Tensor, k), stays)
+                setattr(Tensor, k, self.ours[k])
+
+    def close(self, pager):
+        "`pager` has none any longer. A second call does no harm"
+        with self.lock:
+            if pager in self.pagers: self.pagers.remove(pager)
+            if self.pagers: return
+            for k,f in self.ours.items():
+                if vars(Tensor).get(k) is not f: continue  # somebody else's
+                if self.before[k] is None: delattr(Tensor, k)
+                else: setattr(Tensor, k, self.before[k])
+            self.ours,self.before = {},{}
+
+    def hold(self, recs:list[_Stored], n:int):
+        "`n` more readers of each"
+        with self.lock:
+            for r in recs: r.holds += n
+
+    def reader(self, method, stays:bool):
+        "`method` of a tensor that is there"
+        @wraps(method)
+        def read(t, *args, **kwargs):
+            with ExitStack() as stack:
+                for p in list(self.pagers): stack.enter_context(p._for_read(t, stays))
+                return method(t, *args, **kwargs)
+        return read
+
+_reads = _Reads()
+
+@patch
+def records_of(self:_Block, trees, look_up) -> list[_Stored]:
+    "What `look_up` knows of the storages of all tensors in `trees`"
+    with torch._C.DisableTorchFunctionSubclass():
+        plain = [o for t in tree_iter(trees) if isinstance(t, Tensor) for o in _plain(_unwrapped(t))]
+        return [r for o in plain if (r := look_up(o)) is not None]
+
+@patch
+def if_met(self:_Block, t:Tensor) -> _Stored|None:
+    "The record of the storage of `t`, if there is one: what the block has not met is not away"
+    return self.recs.get(t.untyped_storage()._cdata)
+
+def _unwrapped(t:Tensor) -> Tensor:
+    "What is in the wrappers of `torch.func` transforms"
+    while torch._C._functorch.is_functorch_wrapped_tensor(t): t = torch._C._functorch.get_unwrapped(t)
+    return t
 
 @patch
 @contextmanager
