@@ -92,7 +92,8 @@ def make(mode, *cbs, model=None, **kw):
 def traces():
     "What the interpreter would show of us"
     return dict(threads=[o.name for o in threading.enumerate()], modes=len(_get_current_dispatch_mode_stack()), functions=torch.overrides._len_torch_function_stack(),
-                hooks=len(nn.modules.module._global_forward_pre_hooks), grad=torch.is_grad_enabled(), autocast=torch.is_autocast_enabled('cpu'))
+                hooks=len(nn.modules.module._global_forward_pre_hooks), grad=torch.is_grad_enabled(), autocast=torch.is_autocast_enabled('cpu'),
+                tensor={k:vars(torch.Tensor).get(k) for k in ('__repr__','tolist','numpy','data_ptr','__dlpack__','_typed_storage')})
 
 @cache
 def clean(mode):
