@@ -250,6 +250,7 @@ def test_fx_traces_it():
     assert torch.equal(torch.fx.GraphModule(m, Tracer().trace(m))(x), m(x))
 
 def test_compiled_code_is_not_broken_by_the_warning():
+    torch._dynamo.reset()
     g = bn_to_gn(nn.BatchNorm2d(8), num_groups=4)
     f = torch.compile(g, fullgraph=True, backend='eager')
     x = torch.randn(3,8,1,1)
