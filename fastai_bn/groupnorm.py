@@ -32,7 +32,7 @@ __all__ = ['GroupNorm', 'bn_to_gn', 'weight_standardize']
 
 # %% ../nbs/05_groupnorm.ipynb #68deb5ed
 def _group_norm(x:Tensor, num_groups:int, weight:Tensor|None, bias:Tensor|None, eps:float) -> Tensor:
-    "`F.group_norm`, which says so where it leaves nothing of the values. Code that is compiled, scripted or traced says nothing"
+    "`F.group_norm`, which warns where it leaves nothing of the values, but not in compiled, scripted or traced code"
     if not torch.jit.is_scripting():
         if not torch.jit.is_tracing() and not torch.compiler.is_compiling(): _warn_of_signs(x, num_groups)
     return F.group_norm(x, num_groups, weight, bias, eps)
@@ -40,8 +40,8 @@ def _group_norm(x:Tensor, num_groups:int, weight:Tensor|None, bias:Tensor|None, 
 def _warn_of_signs(x:Tensor, num_groups:int):
     "Two values become -1 and 1, or 1 and -1, and one becomes 0"
     if isinstance(x, Tensor) and 0 < x.numel() <= 2*len(x)*num_groups:  # not while torch.fx traces
-        warnings.warn("GroupNorm normalises groups of one or two values, of which nothing is left but signs: as behind global pooling. Use fewer groups there "
-                      "(num_groups, or a larger channels_per_group), or no norm")
+        warnings.warn("GroupNorm normalises groups of one or two values, of which nothing is left but signs: as behind "
+                      "global pooling. Use fewer groups there (num_groups, or a larger channels_per_group), or no norm")
 
 class _KnownNorm(nn.LayerNorm):
     "fastai's `norm_types` has LayerNorm; all but the name of the class comes from `nn.GroupNorm`"

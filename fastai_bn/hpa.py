@@ -99,7 +99,9 @@ def _check_files(path:Path, ids:list[str], channels:str):
     _check_channels(channels)
     have = {o.name for o in os.scandir(path/'train') if o.is_file()} if (path/'train').is_dir() else set()
     missing = [n for i in ids for c in channels if (n := f'{i}_{_colours[c]}.png') not in have]
-    if missing: raise FileNotFoundError(f"{path/'train'/missing[0]} is missing ({len(missing)} file(s) of {len(ids)*len(channels)} are)" + _instead(path/'train'/missing[0]))
+    if missing:
+        f = path/'train'/missing[0]
+        raise FileNotFoundError(f"{f} is missing ({len(missing)} file(s) of {len(ids)*len(channels)} are){_instead(f)}")
 
 def _instead(f:Path) -> str:
     "What there is in place of file `f`, and what to do about it"
@@ -144,7 +146,8 @@ def show_batch(x:TensorHPA, y:TensorMultiCategory, samples, ctxs=None, max_n=9, 
 # %% ../nbs/08_hpa.ipynb #84a4a57c
 _PIXELS = 2**26 # the most of an image; those of the atlas have up to 3072 x 3072
 
-_ELSEWHERE = ". Images of another folder, such as the competition's test/, are named by a Path without colour and extension: dls.test_dl([path/'test'/Id]); or load them by LoadHPA(path/'test')"
+_ELSEWHERE = (". Images of another folder, such as the competition's test/, are named by a Path without colour and "
+              "extension: dls.test_dl([path/'test'/Id]); or load them by LoadHPA(path/'test')")
 
 class LoadHPA(DisplayedTransform):
     """Load the channels of image `Id` from `folder` as a `TensorHPA` [C, size, size], float32 from 0 to 1.
@@ -175,7 +178,8 @@ class LoadHPA(DisplayedTransform):
             with Image.open(f, formats=['PNG']) as im:
                 if im.width*im.height > _PIXELS: raise ValueError(f"it has {im.width} x {im.height} pixels, more than {_PIXELS:,}")
                 a = np.asarray(im.convert(dict(P='RGB', PA='RGB', RGBA='RGB', LA='L').get(im.mode, im.mode)))
-        except FileNotFoundError as e: raise ValueError(f"{f} cannot be read as a PNG image: it is missing{_instead(f) or _ELSEWHERE}") from e
+        except FileNotFoundError as e:
+            raise ValueError(f"{f} cannot be read as a PNG image: it is missing{_instead(f) or _ELSEWHERE}") from e
         except Exception as e: raise ValueError(f"{f} cannot be read as a PNG image: {e}") from e  # of bytes from anywhere, PIL raises anything
         scale = 1 if a.dtype==bool else np.iinfo(a.dtype).max if a.dtype.itemsize < 4 else 65535
         return (a.astype(np.float32) if a.ndim==2 else a[...,:3].max(-1).astype(np.float32))/scale
@@ -200,19 +204,23 @@ def _check_tfms(**tfms):
     for k,fs in tfms.items():
         for f in map(mk_transform, L(fs)):
             if isinstance(f, Transform) and hasattr(f, 'encodes') and not any(_knows(f, o) for o in (x, y, [x,y])):
-                raise ValueError(f"{k}: {getattr(f, '_name', type(f).__name__)} would do nothing: images are tensors (TensorHPA), and it knows neither these nor their labels. "
-                                 "`size` resizes images when they are loaded; in batch_tfms aug_transforms and RandomResizedCropGPU crop and zoom")
+                name = getattr(f, '_name', type(f).__name__)
+                raise ValueError(f"{k}: {name} would do nothing: images are tensors (TensorHPA), and it knows neither these "
+                                 "nor their labels. `size` resizes images when they are loaded; in batch_tfms aug_transforms "
+                                 "and RandomResizedCropGPU crop and zoom")
 
 def _check_names(kwargs:dict):
     "`TypeError` for a keyword that fastai would take and never look at"
-    known = {k for f in (FilteredBase.dataloaders, kwargs.get('dl_type') or TfmdDL) for k in inspect.signature(f).parameters}
+    dl_type = kwargs.get('dl_type') or TfmdDL
+    known = {*inspect.signature(FilteredBase.dataloaders).parameters, *inspect.signature(dl_type).parameters}
     for k in kwargs:
-        if k.removeprefix('val_') not in known: raise TypeError(f"HPADataLoaders.from_folder() got an unexpected keyword argument {k!r}, which no DataLoader knows")
+        if k.removeprefix('val_') not in known: raise TypeError(
+            f"HPADataLoaders.from_folder() got an unexpected keyword argument {k!r}, which no DataLoader knows")
 
 def _knows(f:Transform, o) -> bool:
     "Has transform `f` a method for `o`?"
-    fn,args = (f.encodes,(o,)) if hasattr(f.encodes, 'resolve_method') else (f.encodes._f,(f,o))  # of an instance, or of its class
-    try: fn.resolve_method(args)
+    own = hasattr(f.encodes, 'resolve_method')  # else it is the class's
+    try: f.encodes.resolve_method((o,)) if own else f.encodes._f.resolve_method((f,o))
     except LookupError: return False
     return True
 
@@ -228,7 +236,7 @@ class HPADataLoaders(DataLoaders):
         channels:str='rgby',  # Which channels, in which order: some of red, green, blue, yellow
         valid_pct:float=.2,   # Share of the images that validate, between 0 and 1
         seed:int=42,          # Of the split, at least 0
-        item_tfms=None,       # Transforms of single images, after loading: of tensors [C, H, W], which fastai's crops and resizes do not know
+        item_tfms=None,       # Transforms of single images, after loading: of tensors [C, H, W], unlike fastai's crops
         batch_tfms=None,      # Transforms of batches, for instance `aug_transforms`
         **kwargs,             # As for `DataLoaders.from_dblock`
     ) -> HPADataLoaders: # Batches `xb` of shape [bs, C, size, size], float from 0 to 1, and `yb` of shape [bs, 28], 0. or 1.
@@ -249,7 +257,7 @@ class HPADataLoaders(DataLoaders):
         return cls(*dls.loaders, path=path, device=dls.device)
 
     def test_dl(self,
-        test_items, # Ids of images in train/, also as a table's column Id; paths `folder/Id`, without colour and extension, of images anywhere; what `LoadHPA` has loaded; or one of these
+        test_items, # Ids in train/, or a table with a column Id; paths `folder/Id` without colour and extension; loaded images
         **kwargs,   # As for fastai's `DataLoaders.test_dl`
     ) -> TfmdDL: # Batches of images, which are loaded when they are needed
         "A DataLoader to predict on, as with `learn.get_preds(dl=...)`"

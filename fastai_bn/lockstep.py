@@ -61,8 +61,8 @@ def _sums(dy:Tensor, x:Tensor, w:Tensor|None, mean:Tensor, var:Tensor, eps:float
     "Sums of dy*xhat and of dy per channel, by the kernel of BN's backward"
     if not x.numel(): return [torch.zeros_like(mean)]*2
     if w is None: w = torch.ones_like(mean)
-    layout = _layout(x)
-    dy,x = [o.contiguous(memory_format=layout) for o in (dy,x)]  # of one sample in two layouts, PyTorch's CPU kernel takes one for the other
+    layout = _layout(x)  # of one sample in two layouts, PyTorch's CPU kernel takes one for the other
+    dy,x = [o.contiguous(memory_format=layout) for o in (dy,x)]
     return torch.ops.aten.native_batch_norm_backward(dy, x, w, mean, var, None, None, False, eps, [False,True,True])[1:]
 
 def _layout(x:Tensor) -> torch.memory_format:
@@ -80,8 +80,9 @@ def _mean_var(x:Tensor) -> tuple[Tensor,Tensor]:
 
 # %% ../nbs/03_lockstep.ipynb #54d2ca6f
 def _one_backward() -> RuntimeError:
-    return RuntimeError("Lock step (micro_bs of AccumulateGradBN, MicroBatched) can be differentiated once, backward: no double backward (as of a gradient penalty), no "
-                        "forward-mode differentiation and no torch.func transform. Leave micro_bs out and use a budget, which supports all of them")
+    return RuntimeError("Lock step (micro_bs of AccumulateGradBN, MicroBatched) can be differentiated once, backward: no double "
+                        "backward (as of a gradient penalty), no forward-mode differentiation and no torch.func transform. "
+                        "Leave micro_bs out and use a budget, which supports all of them")
 
 class _OneBackward(Function):
     "An autograd function of lock step"

@@ -178,7 +178,9 @@ def _all_counts(counts:dict[str,int], layers:dict[str,nn.Module]) -> dict[str,in
 def _refuse_lazy(layers:dict[str,nn.Module]):
     "`ValueError` for a BN layer that does not know its channels yet"
     name = next((k for k,m in layers.items() if isinstance(m, _LazyNormBase)), None)
-    if name is not None: raise ValueError(f"BatchNorm layer '{name}' is lazy ({type(layers[name]).__name__}) and does not know its channels yet: run a batch through the model first, as model(xb)")
+    if name is not None: raise ValueError(
+        f"BatchNorm layer '{name}' is lazy ({type(layers[name]).__name__}) and does not know its channels yet: run a batch "
+        "through the model first, as model(xb)")
 
 def _one_value(name:str, m:nn.Module, x:Tensor) -> ValueError:
     "What to do when BN layer `m` gets one value per channel"

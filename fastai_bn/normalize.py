@@ -114,7 +114,8 @@ def _check_options(per:str, stat:str, q, mask, clip, eps):
         if (k,o) != ('clip',None) and not (isinstance(o, (tuple,list)) and len(o) == 2 and all(isinstance(a, Real) for a in o) and o[0] < o[1]):
             raise ValueError(f"{k}={o!r}: it is a pair of numbers, the lower one first")
     if not 0 <= q[0] < q[1] <= 100: raise ValueError(f"q={q!r}: percentiles are from 0 to 100")
-    if stat != 'percentile' and tuple(q) != (1,99.8): raise ValueError(f"q={q!r} is of stat='percentile', and stat is {stat!r}: leave out one of them")
+    if stat != 'percentile' and tuple(q) != (1,99.8):
+        raise ValueError(f"q={q!r} is of stat='percentile', and stat is {stat!r}: leave out one of them")
     if not isinstance(eps, Real) or not 0 < eps < math.inf: raise ValueError(f"eps={eps!r}: it is a positive number")
     if not (mask is None or mask == 'nonzero' if isinstance(mask, (str,type(None))) else callable(mask) or isinstance(mask, Tensor)):
         raise ValueError(f"mask={mask!r}: it is 'nonzero', a callable or a tensor")
@@ -131,7 +132,7 @@ def _ndim(x:Tensor) -> int:
     return {2:1, 5:3}.get(x.dim(), 2)
 
 def _counting(x:Tensor, xp:Tensor, mask, ndim:int) -> Tensor:
-    "The pixels that count by `mask`, in the shape of `x`, which has `ndim` dimensions in space; warns of those that never do. `xp` is `x` in a floating type"
+    "Which pixels of `x`, with `ndim` dimensions in space, count by `mask`; warns of those that never do. `xp`: `x` as floats"
     if n := int((~xp.isfinite()).sum()):
         warnings.warn(f"image_normalize: {n} pixel(s) of {xp.numel()} are NaN or infinite. They are left out of the statistics, and 0 in the output")
     if mask is None: return xp == xp
@@ -139,9 +140,11 @@ def _counting(x:Tensor, xp:Tensor, mask, ndim:int) -> Tensor:
     if not isinstance(ok, Tensor): raise ValueError(f"mask gives a {type(ok).__name__}: it has to give a tensor that broadcasts to the image's shape {list(x.shape)}")
     which = "A mask per sample has the shape [B, 1, *], one per channel [1, C, *]"
     if ok.dim() == ndim+1 == x.dim()-1 and ok.shape[0] == x.shape[0] == x.shape[1] > 1:
-        raise ValueError(f"mask has the shape {list(ok.shape)}, for images of {list(x.shape)}: is its first dimension that of samples or of channels? {which}")
+        raise ValueError(f"mask has the shape {list(ok.shape)}, for images of {list(x.shape)}: is its first dimension that of "
+                         f"samples or of channels? {which}")
     try: return ok.to(device=x.device, dtype=torch.bool).expand(x.shape)
-    except RuntimeError as e: raise ValueError(f"mask has the shape {list(ok.shape)}: it does not broadcast to the image's {list(x.shape)}. {which}") from e
+    except RuntimeError as e:
+        raise ValueError(f"mask has the shape {list(ok.shape)}: it does not broadcast to the image's {list(x.shape)}. {which}") from e
 
 # %% ../nbs/07_normalize.ipynb #d3c0df9c
 def _plain(x:Tensor) -> tuple[Tensor,torch.dtype]:
@@ -258,16 +261,20 @@ class ImageNormalize(Normalize):
     def __call__(self, b, **kwargs):
         "Normalise `b`: of a batch, the model's inputs alone"
         if isinstance(b, Tensor): return super().__call__(b, **kwargs)
-        if not isinstance(b, (tuple,list,L)): warnings.warn(f"ImageNormalize does not know which parts of a {type(b).__name__} are images, and has normalised nothing"); return b
+        if not isinstance(b, (tuple,list,L)):
+            warnings.warn(f"ImageNormalize does not know which parts of a {type(b).__name__} are images: it normalised nothing")
+            return b
         self._most = max(self._most, len(b)-1, 1)  # as fastai counts inputs; without targets, a batch has as many parts
         n = self.n_inp or self._most
         res = [self._all(o, kwargs) for o in b[:n]]
-        if all(o is p for o,p in zip(res, b)): warnings.warn(f"ImageNormalize found no image among the batch's {len(res)} input(s), and has normalised nothing")
+        if all(o is p for o,p in zip(res, b)):
+            warnings.warn(f"ImageNormalize found no image among the batch's {len(res)} input(s): it normalised nothing")
         return _made_of([*res, *b[n:]], b)
 
     def _all(self, o, kwargs:dict):
         "`o`, or all that is in it"
-        return _made_of([self._all(p, kwargs) for p in o], o) if isinstance(o, (tuple,list,L)) else super().__call__(o, **kwargs)
+        if not isinstance(o, (tuple,list,L)): return super().__call__(o, **kwargs)
+        return _made_of([self._all(p, kwargs) for p in o], o)
 
     def encodes(self, x:TensorImage): return self._encoded(x)
     def encodes(self, x:Tensor): return self._encoded(x) if _is_plain(x) else x

@@ -141,7 +141,7 @@ def _movable(st:torch.UntypedStorage) -> bool:
     return st.resizable() and not (st.device.type == 'cpu' and st.is_shared())  # on CUDA `is_shared` is always true
 
 def _is_list(t:Tensor) -> bool:
-    "Is `t` a list of lengths or indices on the CPU? RNNs of packed sequences and `tensor_split` read theirs before any operation comes"
+    "Is `t` a list of lengths or indices on the CPU? Packed RNNs and `tensor_split` read theirs before any operation comes"
     return t.dtype in (torch.int32, torch.int64) and t.dim() < 2 and t.device.type == 'cpu'
 
 def _plain(t:Tensor):
@@ -562,16 +562,19 @@ def close(self:_Block):
     if error is not None and not isinstance(error, Exception): raise error
 
 # %% ../nbs/02_paging.ipynb #fb1feb78
-_LAZY = reduce(or_, [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, k)) for k in ('Conjugate','Negative','ZeroTensor')])
+_KEYS = torch._C.DispatchKey
+_LAZY = reduce(or_, map(torch._C.DispatchKeySet, (_KEYS.Conjugate, _KEYS.Negative, _KEYS.ZeroTensor)))
 
 def _lazy_views():
     "Within, below a dispatch mode, lazy conjugates, negatives and zeros are what they are without one"
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()-_LAZY)
+    shown,hidden = torch._C._dispatch_tls_local_include_set(),torch._C._dispatch_tls_local_exclude_set()
+    return torch._C._ForceDispatchKeyGuard(shown, hidden-_LAZY)
 
 def _refuse_mutation():
     "`RuntimeError` within `allow_mutation_on_saved_tensors`"
     if graph._allow_mutation_on_saved_tensors_enabled: raise RuntimeError(
-        "torch.autograd.graph.allow_mutation_on_saved_tensors knows tensors by their address, which changes when an ActivationPager moves them: use one or the other")
+        "torch.autograd.graph.allow_mutation_on_saved_tensors knows tensors by their address, which changes when an "
+        "ActivationPager moves them: use one or the other")
 
 class ActivationPager(TorchDispatchMode):
     """Keep the activations of any forward and backward within a budget of device memory; results stay the same bit for bit.
@@ -679,8 +682,8 @@ def pin(self:ActivationPager,
         for r in self._block.records_of(trees, self._block.find): self._block.fix(r)
 
 # %% ../nbs/02_paging.ipynb #a91c3e4d
-_STAYS = dict(__repr__=False, tolist=False, numpy=True, data_ptr=True, __dlpack__=True,
-              _typed_storage=True) # the methods; does somebody have the memory afterwards? Of the last copying, pickling and sharing are made
+# The methods; does somebody have the memory afterwards? (Copying, pickling and sharing go through the last.)
+_STAYS = dict(__repr__=False, tolist=False, numpy=True, data_ptr=True, __dlpack__=True, _typed_storage=True)
 
 class _Reads:
     "While a pager's block is open, in any thread, the methods in `_STAYS` bring their tensor back first"
@@ -762,7 +765,7 @@ def _for_read(self:ActivationPager, t:Tensor, stays:bool):
 
 @patch
 def _locked_for(self:ActivationPager, recs:list[_Stored]) -> bool:
-    "Wait for the lock. Without it, if they are there and an operation runs: it may wait for us, and nothing leaves meanwhile"
+    "Wait for the lock. False where an operation runs, which may wait for us: nothing leaves until it has, and they are there"
     while not self._lock.acquire(timeout=.01):
         if self._running and not any([r.away for r in recs]): return False
     return True

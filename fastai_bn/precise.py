@@ -231,7 +231,8 @@ def _measure(model:nn.Module, batches, n:int, n_inp:int, bn_bs:int|None, frozen:
     with _rng_kept(batches):
         xbs = _until(_rebatched((_model_inputs(model, b, n_inp) for b in batches), bn_bs), share)
         seen = _population(model, layers, _with_bar(xbs, _n_samples(batches, share)) if progress else xbs, pager, micro_bs)
-    if not seen.n_samples: raise ValueError("precise_bn got no data: `batches` (`dl` of a Learner's method) gave no batch. A generator that was used up before?")
+    if not seen.n_samples: raise ValueError(
+        "precise_bn got no data: `batches` (`dl` of a Learner's method) gave no batch. A generator that was used up before?")
     bad = [k for k,o in seen.moments.items() if not (o.mean.isfinite().all() and o.m2.isfinite().all())]
     if bad: raise _NotFinite(f"The input of layer '{bad[0]}' has values that are not finite: no running statistics were changed. "
                              "Look for NaN or inf in the data and the weights")
@@ -276,7 +277,8 @@ def _measured(self:Learner, n:int, dl, bn_bs:int|None, frozen:bool, budget, prog
     "`_measure` with the learner's model, data, precision and BN batch"
     cb,train = next((cb for cb in self.cbs if isinstance(cb, AccumulateGradBN)), None),_undistributed(self.dls.train)
     if dl is None and _is_empty(train): raise ValueError(
-        "The learner has no training data to compute statistics of: export and load_learner leave it out. Give data, as dl=learn.dls.test_dl(items)")
+        "The learner has no training data to compute statistics of: export and load_learner leave it out. Give data, as "
+        "dl=learn.dls.test_dl(items)")
     ranks = max((dist.get_world_size(g) for m in bn_layers(self.model).values() if (g := _group(m)) is not None), default=1)
     if bn_bs is None and cb is not None and cb.bn_bs is not None:
         bn_bs,budget = min(cb._per_bn_batch*ranks, 128),cb.budget if budget is None else budget
