@@ -11,6 +11,8 @@ __all__ = []
 
 # %% ../nbs/all.ipynb #15d63754
 from .moments import *
+from .capture import *
+from .window import *
 from .accumulate import *
 from .paging import *
 from .lockstep import *
@@ -21,5 +23,6 @@ from .normalize import *
 from .hpa import *
 
 # %% ../nbs/all.ipynb #8eafdefc
-from . import accumulate, groupnorm, hpa, lockstep, moments, normalize, paging, precise, unet
-__all__ = [o for m in (moments, accumulate, paging, lockstep, precise, groupnorm, unet, normalize, hpa) for o in m.__all__]
+from . import accumulate, capture, groupnorm, hpa, lockstep, moments, normalize, paging, precise, unet, window
+_modules = moments, capture, window, accumulate, paging, lockstep, precise, groupnorm, unet, normalize, hpa
+__all__ = list(dict.fromkeys(o for m in _modules for o in m.__all__))

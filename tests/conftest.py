@@ -135,6 +135,6 @@ def snapshot(model): return copy.deepcopy(model.state_dict())
 def assert_pristine(learn):
     "No trace of a callback on model or learner"
     for m in learn.model.modules():
-        assert 'forward' not in m.__dict__ and not m._forward_hooks and not m._forward_pre_hooks
+        assert not {'forward','__getstate__'} & m.__dict__.keys() and not m._forward_hooks and not m._forward_pre_hooks
         if isinstance(m, nn.modules.batchnorm._BatchNorm): assert m.momentum != 1.
-    assert not {'all_batches','_do_one_batch','_backward'} & learn.__dict__.keys()
+    assert not {'all_batches','one_batch','_backward','_step','_do_epoch_validate','__getstate__'} & learn.__dict__.keys()

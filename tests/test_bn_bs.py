@@ -13,7 +13,7 @@ from fastai.callback.data import PartialDL
 from fastai.distributed import DistributedDL, DistributedTrainer
 
 from fastai_bn.accumulate import *
-from fastai_bn.accumulate import _BNBatches, _joined
+from fastai_bn.batches import BNBatches, join
 from conftest import (ADAM, At, Float32Loss, assert_differ, assert_pristine, assert_same, conv_net, do_fit, get_dls, get_learner, labels, reference_fit,
                       snapshot, tilted, windows_of)
 from test_accumulate import Boom, CPUScaler, Norms, RaiseAt, mean_ce
@@ -220,8 +220,8 @@ def test_ignored_targets_weigh_nothing(bn_bs):
 def test_every_sample_once_in_order_and_as_many_batches_as_promised(bs, n_step, bn_bs, last, drop_last):
     for n in range(bs*n_step, 4*bs*n_step+1):
         dl = DataLoader(list(zip(range(n), range(0, 10*n, 10))), bs=bs, drop_last=drop_last)
-        batches = _BNBatches(dl, n_step, float('inf') if bn_bs=='window' else bn_bs, last)
-        got,ends = zip(*[(b,batches.ends) for b in batches])
+        batches = BNBatches(dl, n_step, float('inf') if bn_bs=='window' else bn_bs, last=='drop')
+        got,ends = zip(*[(b,batches.last) for b in batches])
         assert len(got) == len(batches)
         x = torch.cat([b[0] for b in got]).tolist()
         expect = n - n%bs if drop_last else n
@@ -238,12 +238,12 @@ Pair = namedtuple('Pair', 'a b')
 
 def test_joining_keeps_structure_and_types():
     mk = lambda i: (TensorImage(torch.full((2,3,4,4), float(i)), extra='meta'), {'ids':[f'a{i}', f'b{i}'], 'm':torch.tensor([i,i])}, Pair(torch.ones(2)*i, None), TensorCategory(torch.tensor([i,i])))
-    a = _joined([mk(0), mk(1)])
+    a = join([mk(0), mk(1)])
     assert type(a) is tuple and type(a[0]) is TensorImage and a[0].extra == 'meta' and a[0].shape == (4,3,4,4)
     assert a[1]['ids'] == ['a0','b0','a1','b1'] and a[1]['m'].tolist() == [0,0,1,1]
     assert type(a[2]) is Pair and a[2].a.tolist() == [0,0,1,1] and a[2].b is None and type(a[3]) is TensorCategory
     b = mk(0)
-    assert _joined([b]) is b  # no copy
+    assert join([b]) is b  # no copy
 
 @pytest.mark.parametrize('bn_bs', [float('inf'), 2, 8])
 @pytest.mark.parametrize('last', ['step','drop'])
@@ -254,7 +254,7 @@ def test_other_dataloaders_keep_the_promise_too(kind, drop_last, last, bn_bs):
     if kind == 'torch': dl = torch.utils.data.DataLoader(xs[:13], batch_size=4, drop_last=drop_last)
     elif kind == 'partial': dl = PartialDL(xs, bs=4, partial_n=13, drop_last=drop_last)
     else: dl = Half(DataLoader(xs, bs=4, drop_last=drop_last), rank=1, world_size=2)
-    b = _BNBatches(dl, 2, bn_bs, last)
+    b = BNBatches(dl, 2, bn_bs, last=='drop')
     sizes = [len(o) for o in b]
     n = 12 if drop_last else 13
     if last == 'drop': n -= n%8
@@ -273,7 +273,7 @@ def test_inputs_are_there_once(bn_bs):
         bs = 2
         def __len__(self): return 8
         def __iter__(self): return map(make, range(8))
-    for x,y in _BNBatches(DL(), 4, bn_bs, 'step'):
+    for x,y in BNBatches(DL(), 4, bn_bs, False):
         assert not [r for r in alive if r() is not None]
 
 class TwoInputs(nn.Module):
@@ -353,7 +353,8 @@ def test_validation_in_mid_epoch():
     learn = get_learner(get_dls(xs, ys, 2), conv_net(), [AccumulateGradBN(8, bn_bs=4), MidValid()])
     orders = []
     class See(Callback):
-        def after_loss(self): orders.append(self.learn.accumulate_grad_bn.order)
+        def after_loss(self):
+            if self.training: orders.append(self.learn.accumulate_grad_bn.order)
     learn.add_cb(See())
     do_fit(learn)
     assert set(orders) == {AccumulateGradBN.order}
@@ -397,8 +398,9 @@ def test_an_exception_before_the_first_batch_leaves_the_order_of_events_right():
     orders = []
     class See(Callback):
         order = 11
-        def before_train(self): orders.append((type(self.dl), 'order' in vars(self.learn.accumulate_grad_bn)))
-        def after_loss(self): orders.append(self.learn.accumulate_grad_bn.order)
+        def before_train(self): orders.append((type(self.dl), self.learn.accumulate_grad_bn.order > self.order))
+        def after_loss(self):
+            if self.training: orders.append(self.learn.accumulate_grad_bn.order)
     xs,ys = tilted(32),labels(32)
     learn = get_learner(get_dls(xs, ys, 2), conv_net(), [AccumulateGradBN(8, bn_bs='window'), See(), boom := Boom2()])
     with pytest.raises(Boom): do_fit(learn)

@@ -129,11 +129,11 @@ def check(learn, mode, step, before, between=False):
     for m in learn.model.modules():
         assert 'forward' not in m.__dict__ and not m._forward_hooks and not m._forward_pre_hooks
         if isinstance(m, nn.modules.batchnorm._BatchNorm): assert m.momentum == .1
-    assert not {'_do_one_batch','_backward'} & learn.__dict__.keys()
+    assert not {'one_batch','_backward','_step',*(() if between else ('all_batches','__getstate__'))} & vars(learn).keys()
     if learn.opt is not None: assert all(p.grad is None or not p.grad.any() for p in learn.model.parameters())
     Faulty.reset()
     cb = learn.accumulate_grad_bn
-    if not between: assert cb._window is cb._micro is cb._batches is None and 'order' not in vars(cb) and 'all_batches' not in vars(learn)
+    if not between: assert cb.window is cb.batches is None
     if step is not None: assert same(learn.model.state_dict(), clean(mode)[step])
     learn.remove_cbs([c for c in learn.cbs if isinstance(c, At)])
     learn.dls.train.exc = learn.loss_func.exc = None
@@ -446,7 +446,7 @@ def test_load_in_mid_fit(mode, event, tmp_path):
 # --- An interrupt at any line of ours
 
 OURS = str(Path(fastai_bn.__file__).parent)
-LAST = {'_surely','died'}  # what puts back, or runs in a weak reference's callback, from which Python lets nothing out. (And between `try` and what follows Python looks for no signal)
+LAST = {'insist','died'}  # what puts back, or runs in a weak reference's callback, from which Python lets nothing out. (And between `try` and what follows Python looks for no signal)
 
 def interrupted(f, k=None, seen=(), at=None):
     "Call `f` with a `KeyboardInterrupt` at the `k`-th line of our code that is run, or when line `at` is. How many there were, and where it came. `seen`: which"
@@ -488,7 +488,7 @@ def test_an_interrupt_at_any_line(mode):
         if not where: continue  # there may be a few lines less: the garbage collector's calls
         assert any(is_step(learn.model.state_dict(), states, i) for i in range(len(states))), where
         check(learn, mode, None, before, between=True)  # between the beginning of an epoch and that of its loop nobody closes; the next fit does
-        assert learn.accumulate_grad_bn._window is None and 'all_batches' not in vars(learn)
+        assert learn.accumulate_grad_bn.window is None and 'all_batches' not in vars(learn)
 
 def interrupts(make, f):
     "`f(make())` with an interrupt at every third line of ours, the first time that it is run, or at each with FASTAI_BN_SOAK: yields what was made"

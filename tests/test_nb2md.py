@@ -15,7 +15,7 @@ def gfm(*cells): return convert(dict(cells=cells), site=False, doc_url='https://
 def site(*cells): return convert(dict(cells=cells), site=True, files='p_files')
 
 def test_readme():
-    cells = md('# T\n\n::: {.callout-tip}\n## Hi\n\nthere\n:::\n\nsee [x](01_accumulate.ipynb#a)'), code('#| hide\n1'), code('#| export\n2'), code('#| echo: true\nprint(3)', printed('3\n'))
+    cells = md('# T\n\n::: {.callout-tip}\n## Hi\n\nthere\n:::\n\nsee [x](05_accumulate.ipynb#a)'), code('#| hide\n1'), code('#| export\n2'), code('#| echo: true\nprint(3)', printed('3\n'))
     assert gfm(*cells) == '# T\n\n> [!TIP]\n> **Hi**\n>\n> there\n\nsee [x](https://x.org/d/accumulate.html#a)\n\n```python\nprint(3)\n```\n\n```\n3\n```\n'
 
 def test_readme_shows_tables_as_text_and_no_pictures():
@@ -27,7 +27,7 @@ def test_front_matter_is_title_and_subtitle():
     assert site(raw)[0] == '# T\n\n`f`: what it is\n{: .subtitle }\n'
 
 def test_callouts_and_links():
-    text = site(md('::: {.callout-important}\n## Mind\n\none\n\ntwo\n:::\n\n[x](sub/02_paging.ipynb), [y](../faq.ipynb#z), [out](https://a.b/c.ipynb)'))[0]
+    text = site(md('::: {.callout-important}\n## Mind\n\none\n\ntwo\n:::\n\n[x](sub/13_paging.ipynb), [y](../faq.ipynb#z), [out](https://a.b/c.ipynb)'))[0]
     assert text == '!!! info "Mind"\n\n    one\n\n    two\n\n[x](sub/paging.md), [y](../faq.md#z), [out](https://a.b/c.ipynb)\n'
     assert site(md('::: {.callout-note}\nplain\n:::'))[0] == '!!! note\n\n    plain\n'
 

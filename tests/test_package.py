@@ -10,7 +10,7 @@ import fastai_bn
 import fastai_bn.all
 
 root = Path(__file__).resolve().parent.parent
-MODULES = ['moments','accumulate','paging','lockstep','precise','groupnorm','unet','normalize','hpa','demo']
+MODULES = ['moments','capture','batches','window','undo','accumulate','paging','lockstep','precise','groupnorm','unet','normalize','hpa','demo']
 public = [(m,n) for m in MODULES for n in importlib.import_module(f'fastai_bn.{m}').__all__] + [('precise','Learner.precise_bn'), ('precise','Learner.bn_report')]
 
 def test_all_exports_the_api():

@@ -1030,7 +1030,7 @@ def test_formulas_that_pytorch_takes_within_any_mode_are_on_the_page():
     w,y = torch.rand(300),torch.randint(0, 300, (400,))
     fs = dict(prod=lambda x: x.prod(0), masked_fill=lambda x: (x[:1,0]*torch.ones(400,300).masked_fill(mask, x.mean())).exp(),
               label_smoothing=lambda x: F.cross_entropy(x, y, w, label_smoothing=.1))
-    page = open('nbs/02_paging.ipynb', encoding='utf-8').read()
+    page = open('nbs/13_paging.ipynb', encoding='utf-8').read()
     for k,f in fs.items():
         assert same(grads_of(f, x, pager=ActivationPager(1)), grads_of(f, x, pager=Idle())), k
         assert f'`{k}`' in page
