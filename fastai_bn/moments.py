@@ -82,7 +82,7 @@ def split_channels(flat:Tensor, channels:dict[str,int]) -> tuple[Tensor,...]:
     "Take apart what stands side by side: a slice per layer"
     return flat.split(widths(channels))[::2]
 
-# %% ../nbs/00_moments.ipynb #3daf3de4
+# %% ../nbs/00_moments.ipynb #6ded765c
 class BNMoments:
     "Moments of a model's BN layers by name, as `capture_moments` gives them. A layer that saw nothing is missing"
     def __init__(self,
@@ -90,9 +90,11 @@ class BNMoments:
         counts:dict[str,float]|None=None,         # Values per channel by layer name; layers that saw nothing are missing
         whole:Moments|None=None,                  # Of all layers side by side, as `split_channels` takes them apart
         momenta:dict[str,float|None]|None=None,   # The layers' `momentum` when they saw it. Missing: what it is in the end
+        within:Tensor|None=None,                  # What of M2 is within batches, of all layers side by side; None: all of it
     ):
         self.channels,self.counts = channels or {},counts or {}
         self.whole,self.momenta = whole,momenta or {}
+        self.within = whole.m2 if within is None and whole is not None else within
 
     def items(self) -> list[tuple[str,Moments]]:
         "List name and moments of each layer that saw anything"
@@ -107,7 +109,7 @@ class BNMoments:
         if not (self.counts and other.counts): return self if self.counts else other
         if self.channels != other.channels: raise ValueError("Moments of different layers do not merge")
         counts = {**self.counts, **{k:n+self.counts.get(k, 0) for k,n in other.counts.items()}}
-        return BNMoments(self.channels, counts, self.whole.merge(other.whole), {**self.momenta, **other.momenta})
+        return BNMoments(self.channels, counts, self.whole.merge(other.whole), {**self.momenta, **other.momenta}, self.within+other.within)
 
 # %% ../nbs/00_moments.ipynb #71f327a4
 _all_ = ['BNCapture', 'BNUpdates', 'capture_moments', 'hold_updates', 'update_running_stats']

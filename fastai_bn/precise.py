@@ -63,9 +63,9 @@ def _tracking(model:nn.Module, frozen:bool) -> dict[str,nn.Module]:
 def _only_training(model:nn.Module, layers:dict[str,nn.Module]):
     "Within, `layers` are in training mode and all other modules of `model` in eval mode"
     modes = [(m,m.training) for m in model.modules()]
+    training = set(layers.values())
     try:
-        model.eval()
-        for m in layers.values(): m.training = True  # not m.train(): a subclass may have dropout inside
+        for m,_ in modes: m.training = m in training  # not m.train(): a subclass may have dropout inside
         yield
     finally: insist(lambda: [setattr(m, 'training', mode) for m,mode in modes])
 
@@ -139,31 +139,32 @@ class _Stop(BaseException): "All BN layers are done. Not an `Exception`, so that
 
 class _EarlyStop(BNCapture):
     "A capture that stops the forward pass when each layer has been called, if `stop`"
-    def __init__(self, layers:dict, stop:bool):
+    def __init__(self, layers:dict):
         super().__init__(layers)
-        self.called,self.stop = [],stop
+        self.calls,self.stop = {},False
 
     def run(self, name, *args):
         y = super().run(name, *args)
-        self.called.append(name)
-        if self.stop and len(set(self.called)) == len(self.layers): raise _Stop
+        self.calls[name] = self.calls.get(name, 0)+1
+        if self.stop and len(self.calls) == len(self.layers): raise _Stop
         return y
 
-    def was_once(self) -> bool:
-        "Tell whether each layer was called once"
-        return len(self.called) == len(set(self.called)) == len(self.layers)
+    def begin(self, can_stop:bool):
+        "Begin the next batch. It may stop early if the one before called each layer once"
+        self.next()
+        self.stop = can_stop and list(self.calls.values()) == [1]*len(self.layers)
+        self.calls = {}
 
 # %% ../nbs/32_precise.ipynb #441bbf0c
 @dataclass
 class _Seen:
     "What BN layers saw of a population"
     moments: BNMoments   # All values together
-    within: Tensor|float # M2 within the BN batches, of all layers side by side as in `moments`
     n_samples: int
     n_batches: int
 
     def add(self, o:_Seen) -> _Seen:
-        return _Seen(self.moments.merge(o.moments), self.within+o.within, self.n_samples+o.n_samples, self.n_batches+o.n_batches)
+        return _Seen(self.moments.merge(o.moments), self.n_samples+o.n_samples, self.n_batches+o.n_batches)
 
 def _n_ranks() -> int: return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
@@ -171,29 +172,41 @@ def _all_ranks(seen:_Seen) -> _Seen:
     "What all processes of the default group saw; as it is if there is none"
     if _n_ranks() == 1: return seen
     ranks,m,a = [None]*_n_ranks(),seen.moments,seen.moments.whole
-    cpu = BNMoments(m.channels, m.counts, a and Moments(a.count.cpu(), a.mean.cpu(), a.m2.cpu()))
-    dist.all_gather_object(ranks, _Seen(cpu, seen.within if a is None else seen.within.cpu(), seen.n_samples, seen.n_batches))
+    cpu = BNMoments(m.channels, m.counts, a and Moments(a.count.cpu(), a.mean.cpu(), a.m2.cpu()), within=a and m.within.cpu())
+    dist.all_gather_object(ranks, _Seen(cpu, seen.n_samples, seen.n_batches))
     return reduce(_Seen.add, ranks)
 
 # %% ../nbs/32_precise.ipynb #64a25b71
-def _drift(m:nn.Module, o:Moments) -> tuple[Tensor,Tensor]:
-    "Per channel: how far off the running mean of BN layer `m` is from the moments `o`, in standard deviations; log of the variances' ratio"
-    var = o.var()+m.eps
-    return (m.running_mean.to(o.mean)-o.mean)/var.sqrt(),((m.running_var.to(var)+m.eps)/var).log()
+_COLUMNS = ['layer','channels','samples','values','mean_shift','var_ratio','worst_channel','batch_noise']
 
-def _row(m:nn.Module, o:Moments, within:Tensor, n_batches:int) -> tuple:
-    "Mean shift, variance ratio, worst channel and batch noise of a layer"
-    shift,log = _drift(m, o)
-    noise = ((o.m2-within)/(o.m2+m.eps*o.count)).clamp(min=0).mean().sqrt().item() if n_batches > 1 else math.nan
-    return shift.square().mean().sqrt().item(),log.mean().exp().item(),torch.maximum(shift.abs(), log.abs()).argmax().item(),noise
+def _side_by_side(ts:list) -> np.ndarray: return torch.cat([t.detach() for t in ts]).cpu().double().numpy()
+
+def _drift(layers:dict, seen:_Seen) -> tuple[dict,np.ndarray,np.ndarray,np.ndarray]: # Layers that saw anything, and where their channels begin; three values per channel of theirs
+    "Tell how far off running statistics are (the mean in standard deviations, the log of the variances' ratio), and how much of a channel's variance is between BN batches"
+    moments = seen.moments
+    ks = [k for k in layers if k in moments.counts]
+    flat = {k:o.cpu().double().numpy() for k,o in dict(mean=moments.whole.mean, m2=moments.whole.m2, within=moments.within).items()}
+    index = {k:np.arange(i, i+c) for k,c,i in zip(moments.channels, moments.channels.values(), np.cumsum([0, *(-(-c//64)*64 for c in moments.channels.values())]))}
+    where = np.concatenate([index[k] for k in ks])
+    sizes = [moments.channels[k] for k in ks]
+    eps,n = (np.repeat(o, sizes) for o in ([layers[k].eps for k in ks], [moments.counts[k] for k in ks]))
+    mean,m2,within = (o[where] for o in flat.values())
+    old_mean,old_var = (_side_by_side([layers[k]._buffers[b] for k in ks]) for b in ('running_mean','running_var'))
+    var = m2/(n-1)+eps
+    return dict(zip(ks, np.cumsum([0, *sizes[:-1]]))),(old_mean-mean)/np.sqrt(var),np.log((old_var+eps)/var),np.clip((m2-within)/(m2+eps*n), 0, None)
 
 def _table(layers:dict, seen:_Seen|None=None) -> pd.DataFrame:
-    "One row per layer; a layer that saw nothing has 0 samples and no drift"
-    moments = {} if seen is None else dict(seen.moments.items())
-    within = {} if seen is None or not moments else dict(zip(seen.moments.channels, split_channels(seen.within, seen.moments.channels)))
-    rows = [(k, m.num_features, *((seen.n_samples, int(moments[k].count), *_row(m, moments[k], within[k], seen.n_batches)) if k in moments
-                                  else (0, 0, math.nan, math.nan, -1, math.nan))) for k,m in layers.items()]
-    return pd.DataFrame(rows, columns=['layer','channels','samples','values','mean_shift','var_ratio','worst_channel','batch_noise'])
+    "Make a row per layer; a layer that saw nothing has 0 samples and no drift"
+    rows = {k:(k, m.num_features, 0, 0, math.nan, math.nan, -1, math.nan) for k,m in layers.items()}
+    if seen is None or not seen.moments.counts: return pd.DataFrame(list(rows.values()), columns=_COLUMNS)
+    at,shift,log,between = _drift(layers, seen)
+    starts,sizes = list(at.values()),np.array([seen.moments.channels[k] for k in at])
+    mean = lambda x: np.add.reduceat(x, starts)/sizes
+    noise = np.sqrt(mean(between)) if seen.n_batches > 1 else np.full(len(at), math.nan)
+    worst = [int(o.argmax()) for o in np.split(np.maximum(abs(shift), abs(log)), starts[1:])]
+    columns = at, sizes.tolist(), np.sqrt(mean(shift**2)).tolist(), np.exp(mean(log)).tolist(), worst, noise.tolist()
+    for k,c,s,v,i,b in zip(*columns): rows[k] = k, c, seen.n_samples, int(seen.moments.counts[k]), s, v, i, b
+    return pd.DataFrame(list(rows.values()), columns=_COLUMNS)
 
 # %% ../nbs/32_precise.ipynb #91a52e32
 def _is_compiled(model:nn.Module) -> bool:
@@ -206,16 +219,15 @@ def _run(model:nn.Module, xb):
 
 def _population(model:nn.Module, layers:dict, pairs, pager, micro_bs:int|None) -> _Seen:
     "See what `layers` see of batches. From the second on the model runs only until its last layer, if the first batch called each once"
-    seen,device = _Seen(BNMoments(), 0., 0, 0),next(iter(layers.values())).running_mean.device
+    n_samples,n_batches,device = 0,0,next(iter(layers.values())).running_mean.device
     run = model if micro_bs is None else MicroBatched(model, micro_bs)
-    cap,can_stop = None,micro_bs is None and not _is_compiled(model)
+    cap,can_stop = _EarlyStop(layers),micro_bs is None and not _is_compiled(model)
     with torch.no_grad(), _only_training(model, layers), without_sync(bn_layers(model).values()), diverting(layers, lambda name: cap):
         for xb,n in pairs:
-            cap = _EarlyStop(layers, stop=can_stop and cap is not None)
+            cap.begin(can_stop)
             with pager: _run(run, to_device(xb, device))
-            can_stop = can_stop and cap.was_once()
-            o = cap.moments
-            seen = seen.add(_Seen(o, 0. if o.whole is None else o.whole.m2, n, 1))
+            n_samples,n_batches = n_samples+n,n_batches+1
+        seen = _Seen(cap.moments, n_samples, n_batches)
     return _all_ranks(seen)
 
 def _n_samples(batches, n:int) -> int:
@@ -261,8 +273,9 @@ def _measure(model:nn.Module, batches, n:int, n_inp:int|None, bn_bs:int|None, fr
                                                  "or use bn_bs=None") from e
     if not seen.n_samples: raise ValueError(
         "precise_bn got no data: `batches` (`dl` of a Learner's method) gave no batch. A generator that was used up before?")
-    bad = [k for k,o in seen.moments.items() if not (o.mean.isfinite().all() and o.m2.isfinite().all())]
-    if bad: raise _NotFinite(f"The input of layer '{bad[0]}' has values that are not finite: no running statistics were changed. "
+    if seen.moments.counts and not (seen.moments.whole.mean+seen.moments.whole.m2).isfinite().all():
+        bad = next(k for k,o in seen.moments.items() if not (o.mean+o.m2).isfinite().all())
+        raise _NotFinite(f"The input of layer '{bad}' has values that are not finite: no running statistics were changed. "
                              "Look for NaN or inf in the data and the weights")
     return layers,seen
 
@@ -292,7 +305,15 @@ def precise_bn(
 @torch.no_grad()
 def _write(layers:dict, seen:_Seen|None):
     "Write population statistics into the running statistics, all or none"
-    _copy_all([p for k,o in (() if seen is None else seen.moments.items()) for p in ((layers[k].running_mean,o.mean), (layers[k].running_var,o.var()))])
+    if seen is None or not seen.moments.counts: return
+    m = seen.moments
+    stats = dict(running_mean=m.whole.mean, running_var=m.whole.var())
+    old = {b:[layers[k]._buffers[b] for k in m.counts] for b in stats}
+    for b,flat in stats.items():
+        if len({(o.dtype,o.device) for o in old[b]}) == 1: flat = flat.to(old[b][0])  # all at once
+        new = dict(zip(m.channels, split_channels(flat, m.channels)))
+        stats[b] = [new[k] for k in m.counts]
+    _copy_all([o for b in stats for o in zip(old[b], stats[b])])
 
 def _copy_all(pairs:list):
     "Copy the second of each pair into the first"
@@ -405,22 +426,23 @@ def _noise_advice(t:pd.DataFrame, bn_bs:float) -> list[str]:
             f"Do: AccumulateGradBN(bn_bs={need})" + (f", or GroupNorm: {share:.0%} of a layer's variance is between images" if share > .5 else "")]
 
 # %% ../nbs/32_precise.ipynb #5a84e4e3
-def _bars(ax, layers:dict, values:list, worst:list, title:str, good:float):
+def _bars(ax, layers:list, values:list, worst:list, title:str, good:float):
     "Per layer a value, and that of its worst channel"
     y = range(len(layers))
     ax.barh(y, [v-good for v in values], left=good, color='C0')
     ax.plot(worst, y, 'C3|', ms=8)
-    ax.set_title(title, fontsize=9); ax.set(yticks=y, yticklabels=list(layers))
+    ax.set_title(title, fontsize=9); ax.set(yticks=y, yticklabels=layers)
     ax.axvline(good, color='k', lw=.7); ax.invert_yaxis(); ax.tick_params(axis='y', labelsize=7)
 
-def _picture(layers:dict, moments:dict, table:pd.DataFrame):
-    "Drift and noise of each layer"
-    seen = {k:layers[k] for k in moments}
-    drift,t = [_drift(m, moments[k]) for k,m in seen.items()],table[table.samples > 0]
-    fig,axs = plt.subplots(1, 3, figsize=(13, 1.2+.18*len(seen)), sharey=True)
-    _bars(axs[0], seen, t.mean_shift, [s.abs().max().item() for s,_ in drift], 'mean shift (red: worst channel)', 0)
-    _bars(axs[1], seen, t.var_ratio, [l[l.abs().argmax()].exp().item() for _,l in drift], 'running / population variance', 1)
-    _bars(axs[2], seen, t.batch_noise, [math.nan]*len(seen), "batch noise", 0)
+def _picture(layers:dict, seen:_Seen, table:pd.DataFrame):
+    "Draw drift and noise of each layer"
+    at,shift,log,_ = _drift(layers, seen)
+    shifts,logs = (np.split(o, list(at.values())[1:]) for o in (shift,log))
+    t,names = table[table.samples > 0],list(at)
+    fig,axs = plt.subplots(1, 3, figsize=(13, 1.2+.18*len(names)), sharey=True)
+    _bars(axs[0], names, t.mean_shift, [abs(o).max() for o in shifts], 'mean shift (red: worst channel)', 0)
+    _bars(axs[1], names, t.var_ratio, [np.exp(o[abs(o).argmax()]) for o in logs], 'running / population variance', 1)
+    _bars(axs[2], names, t.batch_noise, [math.nan]*len(names), "batch noise", 0)
     axs[1].set_xscale('log')
     for ax,xs in zip(axs, ([_OFF], [1-_OFF, 1+_OFF], [_NOISE])):
         for x in xs: ax.axvline(x, color='k', ls=':', lw=.7)
@@ -438,7 +460,7 @@ def bn_report(self:Learner,
     res.attrs['advice'] = advice = [] if seen is None else _advice(res, seen.n_samples/seen.n_batches)
     if not advice or _n_ranks() > 1 and dist.get_rank(): return res
     print(*advice, sep='\n')
-    if plot: _picture(layers, dict(seen.moments.items()), res)
+    if plot: _picture(layers, seen, res)
     return res
 
 # %% ../nbs/32_precise.ipynb #bc6cc69c

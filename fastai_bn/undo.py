@@ -43,7 +43,7 @@ def replaced(obj, name:str, value):
         if before is missing: insist(vars(obj).pop, name, None)
         else: insist(vars(obj).__setitem__, name, before)
 
-# %% ../nbs/04_undo.ipynb #c24b9e42
+# %% ../nbs/04_undo.ipynb #cb176e65
 class StandIn:
     "Stand in for the method `inner` of an object"
     def __init__(self, inner): self.inner,self.was_own = inner,False  # was there an attribute of the object itself?
@@ -74,10 +74,10 @@ def is_stand_in(value) -> bool:
 
 def stand_in(obj, name:str, stand:StandIn):
     "Have `stand` stand in for method `name` of `obj`"
-    before = vars(obj).get(name)
-    stand.was_own = before.__self__.was_own if is_stand_in(before) else before is not None
-    vars(obj)[name] = stand.call
-    vars(obj).setdefault('__getstate__', _State(obj).call)
+    own = vars(obj)
+    if name in own: stand.was_own = own[name].__self__.was_own if is_stand_in(own[name]) else True
+    own[name] = stand.call
+    if '__getstate__' not in own: own['__getstate__'] = _State(obj).call
 
 def take_away(obj, name:str, before=None):
     "Take away what stands in for method `name` of `obj`, which itself had `before` there, or nothing"
