@@ -31,7 +31,7 @@ from fastcore.foundation import L
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/02_batches.ipynb #c420df94
+# %% ../nbs/02_batches.ipynb #1de9cfff
 def is_count(n) -> bool:
     "Tell whether `n` is an integer of at least 1"
     return isinstance(n, Integral) and not isinstance(n, bool) and n >= 1
@@ -67,7 +67,7 @@ def n_samples(
     i,sizes = next(found, (0,[0]))
     if len(sizes) == 1: return sizes[0]
     others = [_sizes(o) for k,o in enumerate(parts) if k != i]
-    return max(sizes, key=lambda n: (n == bs) + sum(n in o for o in others))
+    return max(sizes, key=lambda n: (sum(n in o for o in others), n == bs))  # the last batch may be short
 
 # %% ../nbs/02_batches.ipynb #ec2e320b
 def n_inputs(b, n_inp:int|None) -> int:
@@ -222,7 +222,7 @@ def join_part(os:list, sizes:list[int], name:str):
     if len(os) == 1: return os[0]
     return _join(os, sizes, os, set().union(*(_lists_of((o,), n) for o,n in zip(os, sizes))), name)
 
-# %% ../nbs/02_batches.ipynb #f642148e
+# %% ../nbs/02_batches.ipynb #2239330c
 def take(parts:list, sizes:list[int], n:float) -> tuple: # A batch, and what is left: batches and their sizes
     "Take the first `n` samples off `parts`, a list of batches of `sizes` samples"
     sizes = list(sizes)
@@ -234,8 +234,8 @@ def take(parts:list, sizes:list[int], n:float) -> tuple: # A batch, and what is 
         n -= size
     return join(parts, sizes),[],[]
 
-def rebatch(batches, bs:float):
-    """Join and cut to `bs` samples each. `batches`: triples of a batch, its samples, and whether all that is in hand is to be given after it, short or not.
+def rebatch(batches, bs:float, rest:bool=True):
+    """Join and cut to `bs` samples each. `batches`: triples of a batch, its samples, and whether all that is in hand is to be given after it, short or not. In the end that is done for `rest`.
 
     Yields triples of a batch, its samples, and whether nothing is in hand after it for that reason."""
     parts,sizes = [],[]
@@ -246,7 +246,7 @@ def rebatch(batches, bs:float):
             n = sum(sizes)
             b,parts,sizes = take(parts, sizes, bs)
             yield b,n-sum(sizes),flush and not parts
-    if parts: yield join(parts, sizes),sum(sizes),True
+    if parts and rest: yield join(parts, sizes),sum(sizes),True
 
 # %% ../nbs/02_batches.ipynb #1600689b
 class Ahead:
@@ -273,7 +273,7 @@ def n_items(dl) -> float:
     bs = batch_size(dl)
     return n - n%bs if n < math.inf and bs and getattr(dl, 'drop_last', False) else n
 
-# %% ../nbs/02_batches.ipynb #fbc42668
+# %% ../nbs/02_batches.ipynb #aa63d0cb
 class BNBatches(GetAttr):
     "The batches of `dl`, in windows of `n_step`, joined and cut to `bn_bs` samples. `last`: does a window end with the batch that was given last?"
     _default = 'dl'
@@ -312,7 +312,7 @@ class BNBatches(GetAttr):
 
     def __iter__(self):
         micro = self._micro()
-        if self.bn_bs is not None: micro = rebatch(self._whole(micro) if self.drop else micro, self.bn_bs)
+        if self.bn_bs is not None: micro = rebatch(self._whole(micro) if self.drop else micro, self.bn_bs, rest=not self.drop)
         for b,_,self.last in micro: yield b
         self.last = True  # fewer than were promised
 
