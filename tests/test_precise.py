@@ -3,8 +3,10 @@ import copy, random, warnings
 import numpy as np, pytest, torch
 import torch.multiprocessing as mp
 from torch import nn
-from fastai.basics import Callback, CancelValidException, DataLoader, DataLoaders, Datasets, L, Learner, TfmdDL, accuracy, set_seed
+from torch.optim.swa_utils import AveragedModel
+from fastai.basics import (Callback, CancelValidException, DataLoader, DataLoaders, Datasets, L, Learner, MSELossFlat, TfmdDL, accuracy, noop, set_seed)
 from fastai.callback.core import FetchPredsCallback
+from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import ShortEpochCallback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import load_learner
@@ -767,3 +769,147 @@ def test_lazy_layers_have_to_see_a_batch_first():
     m = net()
     m(xs[:2])
     assert len(precise_bn(m, xs.split(4), progress=False)) == 2
+
+
+# --- The model that is validated
+
+class Average(Callback):
+    "An average of the weights, brought in for the validation: as another model, or in place"
+    def __init__(self, in_place=False, buffers=True, order=0): self.in_place,self.buffers,self.order = in_place,buffers,order
+    def before_fit(self): self.avg,self.offs = copy.deepcopy(self.learn.model),[]
+    def after_batch(self):
+        if not self.training: return
+        with torch.no_grad():
+            for a,b in zip(self.avg.parameters(), self.learn.model.parameters()): a.lerp_(b, .1)
+            for a,b in zip(self.avg.buffers(), self.learn.model.buffers()): a.copy_(b)
+    def _state(self, m): return m.state_dict() if self.buffers else dict(m.named_parameters())
+    def before_validate(self):
+        if not self.in_place: self.kept,self.learn.model = self.learn.model,self.avg; return
+        self.kept = {k:v.detach().clone() for k,v in self._state(self.learn.model).items()}
+        self._load(self._state(self.avg))
+    def after_validate(self):
+        self.offs.append(off(self.learn.model))
+        if self.in_place: self._load(self.kept)
+        else: self.learn.model = self.kept
+    def _load(self, state):
+        with torch.no_grad():
+            for k,v in self._state(self.learn.model).items(): v.copy_(state[k])
+
+DRIFT = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))*3+2
+
+def off(m):
+    "How far the running mean is from the population's, in standard deviations"
+    y = m[0](DRIFT)
+    return ((m[1].running_mean-y.mean(0))/y.std(0)).abs().max().item()
+
+@pytest.mark.parametrize('order', [-50, 0, 70])
+@pytest.mark.parametrize('kw', [dict(), dict(in_place=True), dict(in_place=True, buffers=False)], ids=str)
+@pytest.mark.parametrize('keep', [None, 'valid_loss'])
+def test_the_model_that_is_validated_has_precise_statistics(order, kw, keep):
+    dl = DataLoader(list(zip(DRIFT, torch.randn(64,1, generator=torch.Generator().manual_seed(1)))), bs=8)
+    torch.manual_seed(2)
+    m = nn.Sequential(nn.Linear(3,4), nn.BatchNorm1d(4), nn.Linear(4,1))
+    learn = Learner(DataLoaders(dl, dl, device='cpu'), m, loss_func=MSELossFlat(), cbs=[PreciseBN(keep_if_better=keep), Average(order=order, **kw)])
+    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
+    with learn.no_logging(): learn.fit(3, .1)
+    if keep is None: assert off(m) < 1e-3 and max(learn.average.offs) < 1e-3
+    else: assert min(learn.average.offs) < 1e-3  # of two validations one has precise statistics
+    assert learn.model is m and not {'_do_epoch_validate','all_batches','__getstate__'} & vars(learn).keys()
+    if not kw and keep is None: assert off(learn.average.avg) < 1e-3  # and it keeps them
+
+
+# --- Inputs by the learner's rule, and wrappers
+
+class Two(nn.Module):
+    def __init__(self): super().__init__(); self.bn,self.l = nn.BatchNorm1d(3),nn.Linear(5,1)
+    def forward(self, image, meta): return self.l(torch.cat([self.bn(image), meta], 1))
+
+class Anything(nn.Module):
+    def __init__(self, net): super().__init__(); self.loss,self.net = nn.MSELoss(),net
+    def forward(self, *args, **kwargs): return self.net(*args, **kwargs)
+
+@pytest.mark.parametrize('wrap', [lambda m: m, AveragedModel, nn.DataParallel, Anything, lambda m: Anything(AveragedModel(m)), lambda m: torch.compile(m, backend='eager'),
+                                  lambda m: torch.compile(Anything(m), backend='eager')], ids=['plain','averaged','parallel','own','nested','compiled','compiled_own'])
+def test_dicts_for_wrapped_models(wrap):
+    x = torch.randn(16,3)*2+1
+    batches = [dict(image=x[i:i+4], meta=torch.randn(4,2), label=torch.zeros(4), name=['a']*4) for i in range(0,16,4)]
+    net = Two()
+    m = wrap(net)
+    precise_bn(m, batches, progress=False)
+    bn = next(o for o in m.modules() if isinstance(o, nn.BatchNorm1d))
+    torch.testing.assert_close(bn.running_mean, x.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bn.running_var, x.var(0), rtol=1e-5, atol=1e-5)
+
+def test_inputs_are_all_but_the_last_where_the_dataloaders_do_not_say():
+    x,z,y = torch.randn(16,3)*2+1,torch.randn(16,2),torch.randn(16,1)
+    dl = torch.utils.data.DataLoader(list(zip(x, z, y)), batch_size=4)
+    learn = Learner(DataLoaders(dl, dl, device='cpu'), Two(), loss_func=MSELossFlat(), cbs=PreciseBN())
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+        for f in (learn.precise_bn, lambda: learn.bn_report(plot=False)): assert f().samples.tolist() == [16]
+    torch.testing.assert_close(learn.model.bn.running_mean, x.mean(0), rtol=1e-5, atol=1e-5)
+    x = torch.randn(16,3)
+    alone = DataLoader(list(zip(x)), bs=4)
+    learn = Learner(DataLoaders(alone, alone, device='cpu'), nn.Sequential(nn.BatchNorm1d(3)), loss_func=noop)
+    with learn.no_bar(): learn.precise_bn()
+    torch.testing.assert_close(learn.model[0].running_mean, x.mean(0), rtol=1e-5, atol=1e-5)
+
+
+# --- DataLoaders with a state of their own
+
+def seen_by(dl, n=10_000):
+    "The rows that `precise_bn` takes of a learner's training DataLoader"
+    rows = []
+    class Note(nn.Module):
+        def __init__(self): super().__init__(); self.bn = nn.BatchNorm1d(1)
+        def forward(self, *xb): rows.extend(xb[-1][:,-1].tolist()); return self.bn(xb[-1][:,-1:].float())
+    learn = Learner(DataLoaders(dl, dl, device='cpu'), Note(), loss_func=noop)
+    with learn.no_bar(): learn.precise_bn(n=n)
+    return rows
+
+X33 = torch.arange(33.)[:,None]
+
+def test_weights_stay_and_equal_ones_give_every_row_once():
+    from fastai.callback.data import WeightedDL
+    ds = Datasets(range(33), [[At(X33)],[At(X33)]])
+    assert sorted(seen_by(WeightedDL(ds, bs=4, wgts=[1.]*33, shuffle=True, drop_last=True, num_workers=0))) == list(range(33))
+    odd = [float(i%2) for i in range(33)]
+    got = seen_by(WeightedDL(ds, bs=4, wgts=odd, shuffle=True, drop_last=True, num_workers=0))
+    assert len(got) == 33 and all(i%2 for i in got)
+
+def test_tabular_rows_once():
+    import pandas as pd
+    from fastai.tabular.core import TabularPandas
+    from fastai.tabular.all import RegressionBlock, TabularDataLoaders
+    df = pd.DataFrame(dict(a=np.arange(33.), y=0.))
+    dls = TabularDataLoaders.from_df(df, procs=[], cat_names=[], cont_names=['a'], y_names='y', y_block=RegressionBlock(), bs=4, device='cpu', valid_idx=[32])
+    assert sorted(seen_by(dls.train)) == list(range(32))
+
+def test_a_choice_of_items_stays():
+    from fastai.callback.data import PartialDL
+    ds = Datasets(range(33), [[At(X33)],[At(X33)]])
+    got = seen_by(PartialDL(ds, bs=4, partial_n=10, num_workers=0))
+    assert len(got) == len(set(got)) == 10
+
+def test_own_items_and_their_order_stay():
+    class Odd(DataLoader):
+        def __init__(self, *args, secret, **kwargs): super().__init__(*args, **kwargs); self.secret = secret  # which `new` does not know
+        def get_idxs(self): return [i for i in range(self.n) if i%self.secret]
+    dl = Odd(list(zip(X33, X33)), bs=4, secret=3)
+    assert seen_by(dl) == [i for i in range(33) if i%3]
+    assert list(dl.get_idxs()) == [i for i in range(33) if i%3] and dl.fake_l.d is dl
+    listed = DataLoader(list(zip(X33, X33)), bs=4, get_idxs=lambda: [7,7,3])
+    assert seen_by(listed) == [7,7,3]
+
+def test_the_training_dataloader_draws_as_if_nothing_had_been():
+    def idxs(measure):
+        set_seed(3)
+        dl = DataLoader(list(zip(X33, X33)), bs=4, shuffle=True)
+        if measure: seen_by(dl)
+        return [b[0].flatten().tolist() for b in dl]
+    assert idxs(True) == idxs(False)
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_copies_of_dataloaders_with_workers(workers):
+    dl = DataLoader(list(zip(X33, X33)), bs=4, shuffle=True, drop_last=True, num_workers=workers)
+    assert sorted(seen_by(dl)) == list(range(33)) and len(list(dl)) == 8
