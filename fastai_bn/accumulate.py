@@ -44,69 +44,77 @@ from .window import Window
 # %% auto #0
 __all__ = ['loss_denominator', 'AccumulateGradBN']
 
-# %% ../nbs/05_accumulate.ipynb #be438765
+# %% ../nbs/05_accumulate.ipynb #386f25bf
 def loss_denominator(
     loss_func,       # A loss function or module: fastai's, PyTorch's, or a `partial` of one
     pred,            # The model's prediction
     *yb,             # Targets, batch first
     n:int|None=None, # Samples in the batch. None: as many as the targets have
 ) -> float|None: # What the loss divides its sum by, up to a constant; None: it does not divide (`reduction='sum'`)
-    "Find the denominator of a batch's mean loss: the summed weights of the targets that count for cross entropy, else the samples"
+    "Find the denominator of a mean loss: for cross entropy the summed weights of the targets that count, else samples"
     kw = {}
     while hasattr(loss_func, 'func'):  # fastai's losses and `partial`
         kw,loss_func = {**getattr(loss_func, 'keywords', {}), **kw},loss_func.func
     opt = lambda name,default: getattr(loss_func, name, kw.get(name, default))
     if opt('reduction', 'mean') == 'sum': return None
     is_ce = isinstance(loss_func, (nn.CrossEntropyLoss, nn.NLLLoss)) or loss_func in (F.cross_entropy, F.nll_loss)
-    if not (is_ce and isinstance(yb[0], Tensor)) or yb[0].is_floating_point(): return float(n_samples(yb) if n is None else n)
+    if not (is_ce and isinstance(yb[0], Tensor)) or yb[0].is_floating_point():
+        return float(n_samples(yb) if n is None else n)
     y,w = torch.as_tensor(yb[0]).long(),opt('weight', None)
     keep = y != opt('ignore_index', -100)
     return (keep.sum() if w is None else w.to(y.device)[y[keep]].sum()).item()
 
-# %% ../nbs/05_accumulate.ipynb #1e2a0528
+# %% ../nbs/05_accumulate.ipynb #c59fe01d
 class _Order:
-    "While no window is open, as an epoch begins, after `DistributedTrainer` (11); within one before `MixedPrecision` (10), which unscales gradients"
+    "While no window is open, after `DistributedTrainer` (11); within one before `MixedPrecision` (10), which unscales"
     def __get__(self, cb, cls): return 12 if cb is not None and cb.window is None else MixedPrecision.order-4
 
 class AccumulateGradBN(Callback):
-    """Make one optimizer step per `n_step` micro-batches, with BatchNorm over `bn_bs` samples, in a `budget` of device memory, in lock step for `micro_bs`.
+    """Make one optimizer step per `n_step` micro-batches, with BatchNorm over `bn_bs` samples, in a `budget` of memory.
 
-    `n_step` sets the batch of the optimizer, `bn_bs` that of BN. Running statistics are updated once per step. `pager` is the `ActivationPager` of a `budget`.
+    `n_step` sets the batch of the optimizer, `bn_bs` that of BN. Running statistics are updated once per step.
+    `pager` is the `ActivationPager` of a `budget`.
 
-    `ValueError`: arguments out of range; in `fit`, where windows cannot be made of the DataLoader (it is empty, `bn_bs` does not divide `n_step*bs`, with
-    `last='drop'` no window is ever full), items that cannot be joined, `GradientAccumulation` beside it, a negative `weight`; one value per channel at `bn_bs=None`;
-    other parameters to be trained within a window, as in a GAN, or another model.
-    `DataParallel` is refused. `RuntimeError`: a fit within a training epoch of the same learner. With `budget` and `micro_bs` also the errors of `ActivationPager` and `MicroBatched`."""
+    Raises `ValueError` for arguments out of range. In `fit`: where windows cannot be made of the DataLoader (it is
+    empty, `bn_bs` does not divide `n_step*bs`, with `last='drop'` no window is ever full); items that cannot be joined;
+    `GradientAccumulation` beside it; a negative `weight`; one value per channel at `bn_bs=None`; other parameters to be
+    trained within a window, as in a GAN, or another model; `DataParallel`. `RuntimeError`: a fit within a training epoch
+    of the same learner. With `budget` and `micro_bs` also what `ActivationPager` and `MicroBatched` raise."""
     order,run_valid,window,batches = _Order(),False,None,None
     _stateattrs = 'window','batches','_params','_trained'  # what `learn.export` leaves out: the epoch under way
     def __init__(self,
         n_step:int=16,   # Micro-batches per optimizer step: the effective batch is `n_step` times the DataLoader's `bs`
         *,
-        bn_bs=None,      # Samples per BN batch. None: the micro-batch as it comes; 'window': all of the window; int: a divisor of `n_step*bs`
-        weight=None,     # Callable `(pred, *yb) -> number`, the loss's denominator for a batch. None: `loss_denominator`
+        bn_bs=None,      # Samples per BN batch. None: the micro-batch; 'window': all; int: a divisor of `n_step*bs`
+        weight=None,     # Callable `(pred, *yb) -> number`, the loss's denominator. None: `loss_denominator`
         last:str='step', # The short last window of an epoch: 'step' (with its own mean) or 'drop'
-        budget=None,     # Device memory for activations: bytes, a string as '6GiB', or a share (below 1) of what is free. None: no limit
-        micro_bs=None,   # Samples that operations see at once: the BN batch is computed in pieces of this size, as by `MicroBatched`. None: in one piece
+        budget=None,     # Device memory for activations: bytes, '6GiB', or a share (below 1) of what is free. None: all
+        micro_bs=None,   # Samples that operations see at once, as with `MicroBatched`. None: the BN batch in one piece
     ):
-        if not is_count(n_step): raise ValueError(f"`n_step` must be an integer >= 1, got n_step={n_step!r}. It is a number of micro-batches")
+        if not is_count(n_step): raise ValueError(
+            f"`n_step` must be an integer >= 1, got n_step={n_step!r}. It is a number of micro-batches")
         if not (bn_bs is None or (isinstance(bn_bs, str) and bn_bs == 'window') or is_count(bn_bs)): raise ValueError(
-            f"`bn_bs` must be an integer >= 1, 'window' or None, got bn_bs={bn_bs!r}. It is a number of samples; None is the micro-batch as it comes")
+            f"`bn_bs` must be an integer >= 1, 'window' or None, got bn_bs={bn_bs!r}. It is a number of samples; None is "
+            "the micro-batch as it comes")
         if weight is not None and not callable(weight): raise ValueError(
-            f"`weight` must be a callable (pred, *yb) -> number, got weight={weight!r}. Leave it out to infer the denominator")
+            f"`weight` must be a callable (pred, *yb) -> number, got weight={weight!r}. Without it the denominator is inferred")
         if not (micro_bs is None or is_count(micro_bs)): raise ValueError(
-            f"`micro_bs` must be an integer >= 1 or None, got micro_bs={micro_bs!r}. It is a number of samples; None is the BN batch in one piece")
-        if last not in ('step','drop'): raise ValueError(f"`last` must be 'step' or 'drop', got last={last!r}. It says what the short last window of an epoch does")
+            f"`micro_bs` must be an integer >= 1 or None, got micro_bs={micro_bs!r}. It is a number of samples; None is the "
+            "BN batch in one piece")
+        if last not in ('step','drop'): raise ValueError(
+            f"`last` must be 'step' or 'drop', got last={last!r}. It says what the short last window of an epoch does")
         self.n_step,self.bn_bs,self.weight = int(n_step),bn_bs,weight
         self.last,self.budget,self.micro_bs = last,budget,micro_bs
         self.pager = None if budget is None else ActivationPager(budget)
         self._warned = self._skipped = False
 
-# %% ../nbs/05_accumulate.ipynb #b58a0d9a
+# %% ../nbs/05_accumulate.ipynb #c46f3c27
 @patch
 def _rebatched(self:AccumulateGradBN, dl) -> BNBatches:
     "Make BN batches of `dl`"
     bn_bs = math.inf if self.bn_bs == 'window' else self.bn_bs
-    return BNBatches(dl, self.n_step, bn_bs, self.last == 'drop' and bn_bs is not None, getattr(self.dls, 'n_inp', None))
+    drop = self.last == 'drop' and bn_bs is not None
+    return BNBatches(dl, self.n_step, bn_bs, drop, getattr(self.dls, 'n_inp', None))
 
 @patch
 def bn_batch_size(self:AccumulateGradBN) -> int|None:
@@ -125,27 +133,31 @@ def _n_windows(self:AccumulateGradBN, dl) -> int:
     n = self._rebatched(dl).n_micro/self.n_step
     return math.floor(n) if self.last == 'drop' else math.ceil(n)
 
-# %% ../nbs/05_accumulate.ipynb #3fe2a181
+# %% ../nbs/05_accumulate.ipynb #9d024cb7
 @patch
 def _check(self:AccumulateGradBN, dl):
     "Raise `ValueError` where no window can be made of an epoch of `dl`"
     n_iter,bs = len(dl),batch_size(dl)
     if not n_iter: raise ValueError(
-        "The training DataLoader yields no batch: it is empty, or it has fewer than bs items and drops the last batch. Add data, or make "
-        "it with a smaller bs or drop_last=False")
+        "The training DataLoader yields no batch: it is empty, or it has fewer than bs items and drops the last batch. "
+        "Add data, or make it with a smaller bs or drop_last=False")
     if not self._n_windows(dl): raise ValueError(
-        f"n_step={self.n_step}, but an epoch has {n_iter} batches: with last='drop' no optimizer step is ever made. Use a smaller n_step or last='step'")
+        f"n_step={self.n_step}, but an epoch has {n_iter} batches: with last='drop' no optimizer step is ever made. Use a "
+        "smaller n_step or last='step'")
     if is_count(self.bn_bs) and (not bs or self.n_step*bs % self.bn_bs):
         size = f'={self.n_step*bs}' if bs else ''
-        raise ValueError(f"bn_bs={self.bn_bs}, n_step={self.n_step}, and the DataLoader's bs={bs}: bn_bs has to divide n_step*bs{size}, so that BN batches "
-                         "fill the window. Or use bn_bs='window'")
+        raise ValueError(f"bn_bs={self.bn_bs}, n_step={self.n_step}, and the DataLoader's bs={bs}: bn_bs has to divide "
+                         f"n_step*bs{size}, so that BN batches fill the window. Or use bn_bs='window'")
     others = [cb for cb in self.learn.cbs if isinstance(cb, (GradientAccumulation,AccumulateGradBN)) and cb is not self]
-    if others: raise ValueError(f"{others[0].name} accumulates gradients too: remove it, AccumulateGradBN does all of it")
+    if others: raise ValueError(
+        f"{others[0].name} accumulates gradients too: remove it, AccumulateGradBN does all of it")
     if isinstance(self.model, nn.DataParallel):
-        if hasattr(self.learn, 'parallel_trainer'): self.learn.model = self.model.module  # `learn.parallel_ctx` leaves that to the end of a fit
-        raise ValueError("AccumulateGradBN cannot follow the copies that DataParallel makes of the model: use learn.distrib_ctx() instead")
+        # `learn.parallel_ctx` leaves that to the end of a fit
+        if hasattr(self.learn, 'parallel_trainer'): self.learn.model = self.model.module
+        raise ValueError("AccumulateGradBN cannot follow the copies that DataParallel makes of the model: use "
+                         "learn.distrib_ctx() instead")
 
-# %% ../nbs/05_accumulate.ipynb #ea317168
+# %% ../nbs/05_accumulate.ipynb #634581ef
 @patch
 def _is_running(self:AccumulateGradBN) -> bool: return self.window is not None and 'one_batch' in vars(self.learn)
 
@@ -165,11 +177,11 @@ def before_train(self:AccumulateGradBN):
     "Check that windows can be made of this epoch, and open the first"
     try:
         if self._is_running(): raise RuntimeError(
-            "A fit within a training epoch of the same learner would end that epoch's window, and leave the learner without its batch. Do so in after_epoch, "
-            "or with a copy of the learner")
+            "A fit within a training epoch of the same learner would end that epoch's window, and leave the learner "
+            "without its batch. Do so in after_epoch, or with a copy of the learner")
         if 'all_batches' not in vars(self.learn): raise RuntimeError(
-            "AccumulateGradBN missed the beginning of this epoch: it was added in before_epoch, or a fit or validation of this learner ran there. Do so before "
-            "the fit or in after_epoch")
+            "AccumulateGradBN missed the beginning of this epoch: it was added in before_epoch, or a fit or validation of "
+            "this learner ran there. Do so before the fit or in after_epoch")
         self._check(self.dl)
         self.learn.dl = self.batches = self._rebatched(self.dl)
         self._open()
@@ -181,12 +193,13 @@ def before_train(self:AccumulateGradBN):
         self._warned = True
         warnings.warn("AccumulateGradBN found no BatchNorm layer in the model: it accumulates gradients only")
 
-# %% ../nbs/05_accumulate.ipynb #710820cf
+# %% ../nbs/05_accumulate.ipynb #24173824
 @patch
 def _open(self:AccumulateGradBN):
     "Open a window of the learner's model"
     grads = lambda: [] if self.opt is None else [p.grad for p,*_ in self.opt.all_params(with_grad=True)]
-    self.window,self._params = Window(self.model, self._per_step(), grads, self.pager),[p for p,*_ in self.opt.all_params()]
+    self.window = Window(self.model, self._per_step(), grads, self.pager)
+    self._params = [p for p,*_ in self.opt.all_params()]
 
 @patch
 def _close(self:AccumulateGradBN):
@@ -197,7 +210,7 @@ def _close(self:AccumulateGradBN):
         self.after_epoch()
     insist(close)
 
-# %% ../nbs/05_accumulate.ipynb #1e636dc6
+# %% ../nbs/05_accumulate.ipynb #08d1ae0f
 @patch
 def after_cancel_train(self:AccumulateGradBN): self._close()
 @patch
@@ -210,7 +223,8 @@ def after_train(self:AccumulateGradBN):
     "Step for what is left of the epoch, and close"
     learn,w = self.learn,self.window
     if w is not None and w.count and self.last == 'step':
-        with replaced(learn, 'training', True), inside(learn, '_step', self._stepping):  # somebody's `learn.validate` may have left it False
+        # Somebody's `learn.validate` may have left `training` False
+        with replaced(learn, 'training', True), inside(learn, '_step', self._stepping):
             try: learn._with_events(learn._step, 'step', CancelStepException)
             except CancelBatchException: pass
     self._close()
@@ -223,17 +237,18 @@ def _all_batches(self:AccumulateGradBN, learn, do):
         return do()
     if self.window is None or not learn.training: return do()
     try:
-        with instead(learn, 'one_batch', self._one_batch), inside(learn, '_backward', self._backing), inside(learn, '_step', self._stepping): do()
+        with (instead(learn, 'one_batch', self._one_batch), inside(learn, '_backward', self._backing),
+              inside(learn, '_step', self._stepping)): do()
     except (CancelTrainException, CancelEpochException, CancelFitException): raise  # there are events for these
     except CannotJoin as e:
         self._close()
-        raise ValueError(f"bn_bs: micro-batches cannot be joined to a BN batch, {e}. Give all items one size (Resize, or padding to a fixed size), "
-                         "or use bn_bs=None") from e
+        raise ValueError(f"bn_bs: micro-batches cannot be joined to a BN batch, {e}. Give all items one size (Resize, or "
+                         "padding to a fixed size), or use bn_bs=None") from e
     except BaseException:
         self._close()
         raise
 
-# %% ../nbs/05_accumulate.ipynb #44aab80f
+# %% ../nbs/05_accumulate.ipynb #2caa7ea8
 @patch
 def _one_batch(self:AccumulateGradBN, do, *args):
     "Run `Learner.one_batch` inside the window"
@@ -263,7 +278,9 @@ def _forward(self:AccumulateGradBN, forward, *args, **kwargs):
     if w is None or not model.training: return forward(*args, **kwargs)
     with w.forward(args, kwargs, self.xb, self.yb):
         if self.micro_bs is None: pred = forward(*args, **kwargs)
-        else: pred = run_in_pieces(forward, get_model(model), self.micro_bs, args, kwargs, self._n_samples(args, kwargs))
+        else:
+            n = self._n_samples(args, kwargs)
+            pred = run_in_pieces(forward, get_model(model), self.micro_bs, args, kwargs, n)
     if self.pager is not None: self.pager.pin(pred)
     return pred
 
@@ -272,7 +289,7 @@ def _n_samples(self:AccumulateGradBN, args, kwargs={}) -> int:
     "Count the samples of inputs"
     return n_samples((*args, *kwargs.values()), tuple(self.yb), self.batches.bs)
 
-# %% ../nbs/05_accumulate.ipynb #823b0cf6
+# %% ../nbs/05_accumulate.ipynb #352cf2de
 @patch
 def _check_model(self:AccumulateGradBN):
     "Raise `ValueError` where other parameters are trained in mid-window than at its beginning"
@@ -282,13 +299,14 @@ def _check_model(self:AccumulateGradBN):
         self.window.n = self._per_step()
         self._trained = self._trainable()
     elif w.model is not self.model or self._trained != self._trainable(): raise ValueError(
-        f"A window has gradients of {self.n_step} micro-batches, but within it a callback has begun to train another model or other parameters (GANTrainer does, in turn). "
-        "Use bn_bs='window', where each batch is a whole step, or switch between windows")
+        f"A window has gradients of {self.n_step} micro-batches, but within it a callback has begun to train another model "
+        "or other parameters (GANTrainer does, in turn). Use bn_bs='window', where each batch is a whole step, or switch "
+        "between windows")
 
 @patch
 def _trainable(self:AccumulateGradBN) -> list[bool]: return [p.requires_grad for p in self._params]
 
-# %% ../nbs/05_accumulate.ipynb #0a65b759
+# %% ../nbs/05_accumulate.ipynb #a086c42f
 @patch
 def after_loss(self:AccumulateGradBN):
     "Scale the loss to its share of the window"
@@ -297,7 +315,8 @@ def after_loss(self:AccumulateGradBN):
     if self.pager is not None: self.pager.pin(learn.loss)
     d = (self.weight or partial(loss_denominator, learn.loss_func, n=self._n_samples(self.xb)))(self.pred, *self.yb)
     if d is not None and not 0 <= (d := float(d)) < math.inf: raise ValueError(
-        f"weight(pred, *yb) returned {d}: the denominator of a batch's loss must be a finite number >= 0, or None for a sum")
+        f"weight(pred, *yb) returned {d}: the denominator of a batch's loss must be a finite number >= 0, or None for a "
+        "sum")
     if d == 0: learn.loss = torch.zeros_like(learn.loss, requires_grad=False)
     learn.loss_grad = self.window.share(self.loss_grad, d)
 
@@ -339,14 +358,15 @@ def after_cancel_batch(self:AccumulateGradBN):
     if w.batch.backward: w.drop()
     else: w.forget()
 
-# %% ../nbs/05_accumulate.ipynb #6f69d734
+# %% ../nbs/05_accumulate.ipynb #eb6972cf
 @patch
 def before_fit(self:AccumulateGradBN):
     "Let `lr_find` make `num_it` optimizer steps"
     f = next((cb for cb in self.learn.cbs if isinstance(cb, LRFinder)), None)
     if f is None or 'n_step' in vars(f): return
     if hasattr(self.learn, 'distributed_trainer') and num_distrib() > 1: raise ValueError(
-        "lr_find deadlocks inside distrib_ctx: fastai reloads the model on rank 0 only, and that load is a collective. Call it before, in one process")
+        "lr_find deadlocks inside distrib_ctx: fastai reloads the model on rank 0 only, and that load is a collective. "
+        "Call it before, in one process")
     dl = self.dls.train
     self._check(dl)
     n_iter = len(self._rebatched(dl))

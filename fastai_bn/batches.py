@@ -31,7 +31,7 @@ from fastcore.foundation import L
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/02_batches.ipynb #1de9cfff
+# %% ../nbs/02_batches.ipynb #d5f0f6d5
 def is_count(n) -> bool:
     "Tell whether `n` is an integer of at least 1"
     return isinstance(n, Integral) and not isinstance(n, bool) and n >= 1
@@ -61,7 +61,7 @@ def n_samples(
     yb:tuple=(),      # Its targets
     bs:int|None=None, # Samples in a full batch, where that is known
 ) -> int:
-    "Count the samples of a batch: the rows of its first input, or its length where that is a list of samples. 0 if there is nothing to count"
+    "Count the samples of a batch: the rows of its first input, or the length of a list of samples. 0: nothing to count"
     parts = [*xb, *yb]
     found = ((i,s) for i,o in enumerate(parts) if (s := _sizes(o)))
     i,sizes = next(found, (0,[0]))
@@ -105,7 +105,7 @@ def rebuild(like, parts):
     "Make a list or tuple of the type of `like`"
     return type(like)(*parts) if hasattr(like, '_fields') else type(like)(parts)
 
-# %% ../nbs/02_batches.ipynb #35ce0c1f
+# %% ../nbs/02_batches.ipynb #80511213
 def _lengths(b, n:int, rows:int) -> list[int]|None:
     "Find lengths of `n` samples that are `rows` together, in batch `b`"
     if _is_array(b):
@@ -115,7 +115,7 @@ def _lengths(b, n:int, rows:int) -> list[int]|None:
     return next((s for o in _parts(b) if (s := _lengths(o, n, rows)) is not None), None)
 
 def _slices(o, sizes:list[int]) -> list:
-    if isinstance(o, Tensor): return list(o.split(sizes))  # one node: slices would each give a gradient of the whole size
+    if isinstance(o, Tensor): return list(o.split(sizes))  # one node: slices would each give a gradient of full size
     return [o[end-n:end] for n,end in zip(sizes, accumulate(sizes))]
 
 def _cut(o, sizes:list[int], whole, lists:set[type]) -> list:
@@ -145,9 +145,9 @@ def cut(
     parts = [_cut(o, sizes, b, lists) for o in b]
     return [rebuild(b, [o[i] for o in parts]) for i in k]
 
-# %% ../nbs/02_batches.ipynb #e8f243a0
+# %% ../nbs/02_batches.ipynb #40c19eb4
 def _order(t:Tensor) -> list[int]:
-    "List the dimensions of `t` from the outermost in memory to the innermost. Of dimensions with one stride, one of size 1 is further in"
+    "List the dimensions of `t` from the outermost in memory to the innermost; of one stride, size 1 is further in"
     return sorted(range(t.dim()), key=lambda d: (-t.stride(d), t.shape[d] == 1))
 
 def _cat(ts:list[Tensor]) -> Tensor:
@@ -222,7 +222,7 @@ def join_part(os:list, sizes:list[int], name:str):
     if len(os) == 1: return os[0]
     return _join(os, sizes, os, set().union(*(_lists_of((o,), n) for o,n in zip(os, sizes))), name)
 
-# %% ../nbs/02_batches.ipynb #2239330c
+# %% ../nbs/02_batches.ipynb #a5a65994
 def take(parts:list, sizes:list[int], n:float) -> tuple: # A batch, and what is left: batches and their sizes
     "Take the first `n` samples off `parts`, a list of batches of `sizes` samples"
     sizes = list(sizes)
@@ -235,7 +235,9 @@ def take(parts:list, sizes:list[int], n:float) -> tuple: # A batch, and what is 
     return join(parts, sizes),[],[]
 
 def rebatch(batches, bs:float, rest:bool=True):
-    """Join and cut to `bs` samples each. `batches`: triples of a batch, its samples, and whether all that is in hand is to be given after it, short or not. In the end that is done for `rest`.
+    """Join and cut to `bs` samples each. The `rest` in the end may be short.
+
+    `batches`: triples of a batch, its samples, and whether all that is in hand is to be given after it, short or not.
 
     Yields triples of a batch, its samples, and whether nothing is in hand after it for that reason."""
     parts,sizes = [],[]
@@ -248,7 +250,7 @@ def rebatch(batches, bs:float, rest:bool=True):
             yield b,n-sum(sizes),flush and not parts
     if parts and rest: yield join(parts, sizes),sum(sizes),True
 
-# %% ../nbs/02_batches.ipynb #1600689b
+# %% ../nbs/02_batches.ipynb #0aaa2257
 class Ahead:
     "Iterate over `it`, and tell whether it is at its end"
     def __init__(self, it): self.it,self.held = iter(it),[]
@@ -268,19 +270,22 @@ def n_items(dl) -> float:
     if hasattr(dl, 'world_size'):  # fastai's DistributedDL
         n = n_items(dl.dl)
         n = math.ceil(n/dl.world_size) if n < math.inf else n
-    elif isinstance(dl, torch.utils.data.DataLoader): n = len(dl.sampler) if hasattr(dl.sampler, '__len__') else math.inf
+    elif isinstance(dl, torch.utils.data.DataLoader):
+        n = len(dl.sampler) if hasattr(dl.sampler, '__len__') else math.inf
     else: n = getattr(dl, 'partial_n', None) or getattr(dl, 'n', None) or math.inf
     bs = batch_size(dl)
     return n - n%bs if n < math.inf and bs and getattr(dl, 'drop_last', False) else n
 
-# %% ../nbs/02_batches.ipynb #aa63d0cb
+# %% ../nbs/02_batches.ipynb #b9c53a76
 class BNBatches(GetAttr):
-    "The batches of `dl`, in windows of `n_step`, joined and cut to `bn_bs` samples. `last`: does a window end with the batch that was given last?"
+    """The batches of `dl`, in windows of `n_step`, joined and cut to `bn_bs` samples.
+
+    `last`: does a window end with the batch that was given last?"""
     _default = 'dl'
     def __init__(self,
         dl,                   # fastai's or PyTorch's DataLoader, of micro-batches
         n_step:int,           # Micro-batches in a window
-        bn_bs:float|None,     # Samples per batch; infinity: all of the window; None: the micro-batches, and `last` is true at the end of the data alone
+        bn_bs:float|None,     # Samples per batch; infinity: all of the window; None: as in `dl`, `last` at its end alone
         drop:bool,            # Leave out a short last window?
         n_inp:int|None=None,  # Inputs in a batch. None: by the `Learner`'s rule
     ): self.dl,self.n_step,self.bn_bs,self.drop,self.n_inp,self.last = dl,n_step,bn_bs,drop,n_inp,False
@@ -312,7 +317,8 @@ class BNBatches(GetAttr):
 
     def __iter__(self):
         micro = self._micro()
-        if self.bn_bs is not None: micro = rebatch(self._whole(micro) if self.drop else micro, self.bn_bs, rest=not self.drop)
+        if self.drop: micro = self._whole(micro)
+        if self.bn_bs is not None: micro = rebatch(micro, self.bn_bs, rest=not self.drop)
         for b,_,self.last in micro: yield b
         self.last = True  # fewer than were promised
 

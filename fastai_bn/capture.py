@@ -74,7 +74,7 @@ def _all_counts(counts:dict[str,int], layers:dict[str,nn.Module]) -> dict[str,in
         res.update(zip(ks, n.tolist()))
     return res
 
-# %% ../nbs/01_capture.ipynb #ddd819ad
+# %% ../nbs/01_capture.ipynb #20035576
 def refuse_lazy(layers:dict[str,nn.Module]):
     "Raise `ValueError` for a BN layer that does not know its channels yet"
     for k,m in layers.items():
@@ -85,17 +85,18 @@ def refuse_lazy(layers:dict[str,nn.Module]):
 def one_value(name:str, m:nn.Module, x:Tensor) -> ValueError:
     "Say what to do when BN layer `m` gets one value per channel"
     return ValueError(
-        f"BatchNorm cannot normalise one value per channel: layer '{name}' ({type(m).__name__}, {m.num_features} channels) got an "
-        f"input of shape {list(x.shape)} in training mode. Use a batch of at least 2 samples there (bs=2; for the last batch "
-        "drop_last=True, or last='drop' in AccumulateGradBN), or normalise more samples together (bn_bs='window' in "
-        "AccumulateGradBN, bn_bs=32 in precise_bn), or freeze this layer (train_bn=False and BnFreeze(), or layer.eval() before "
-        "each epoch), or replace it by a norm of single samples (GroupNorm, LayerNorm).")
+        f"BatchNorm cannot normalise one value per channel: layer '{name}' ({type(m).__name__}, {m.num_features} "
+        f"channels) got an input of shape {list(x.shape)} in training mode. Use a batch of at least 2 samples there "
+        "(bs=2; for the last batch drop_last=True, or last='drop' in AccumulateGradBN), or normalise more samples "
+        "together (bn_bs='window' in AccumulateGradBN, bn_bs=32 in precise_bn), or freeze this layer (train_bn=False "
+        "and BnFreeze(), or layer.eval() before each epoch), or replace it by a norm of single samples (GroupNorm, "
+        "LayerNorm).")
 
 def first_tensor(args:tuple, kwargs:dict) -> Tensor|None:
     "Get the first tensor among arguments"
     return next((o for o in (*args, *kwargs.values()) if isinstance(o, Tensor)), None)
 
-# %% ../nbs/01_capture.ipynb #6087c585
+# %% ../nbs/01_capture.ipynb #8ea1e92f
 class Scratch:
     "Zeroed buffers for one call of each of `layers`. Those of one device and dtype are slices of one tensor"
     def __init__(self, layers:dict[str,nn.Module]):
@@ -121,7 +122,8 @@ class Scratch:
         return torch.cat([o.to(self.flats[0].device) for o in self.flats], 1)
 
     def moments(self, counts:dict[str,int], momenta:dict[str,float|None], rows:list[Tensor]) -> BNMoments:
-        "Pool the moments in `rows`, which all have these `counts`. In float64 where the device has it: a mean over thousands of batches would stop moving in float32"
+        "Pool the moments in `rows`, which all have these `counts`"
+        # A mean over thousands of batches would stop moving in float32; that is all that MPS has
         dtype = torch.float32 if rows[0].device.type=='mps' else torch.float64
         means,vars = torch.stack(rows, 1).to(dtype)
         if self._last is None or self._last[0] != counts:  # of most batches they are those of the one before
@@ -157,7 +159,7 @@ def _explains(seen:Moments, old:tuple, new:tuple) -> bool:
         if (step-f*way).norm() <= 1e-2*step.norm(): return True
     return False
 
-# %% ../nbs/01_capture.ipynb #2cf21ce9
+# %% ../nbs/01_capture.ipynb #c4bf707e
 class BNCapture:
     "Moments of BN layers as `capture_moments` finds them"
     def __init__(self,
@@ -167,8 +169,8 @@ class BNCapture:
         self.momenta,self.uses = {},[]  # the k-th call of each layer in a batch is in the k-th use
         self.reset()
 
-    def buffers_for(self, name:str, own:tuple, momentum:float|None, n:int) -> tuple[tuple[Tensor,Tensor,Tensor],float]:
-        "Lend buffers (mean, variance, number of batches) and momentum for a call of a layer on `n` values per channel, which has its `own`"
+    def buffers_for(self, name:str, own:tuple, momentum:float|None, n:int) -> tuple[tuple,float]:
+        "Lend a layer buffers (mean, variance, number of batches) and momentum, for a call on `n` values per channel"
         self.momenta[name] = momentum
         for s in self.uses:
             if name not in s.counts: break
@@ -180,7 +182,8 @@ class BNCapture:
 
     def reset(self):
         "Forget all that was seen"
-        self.kept,self.rows,self.counts = BNMoments(),[],{}  # of batches before: moments; what is still to be pooled, and its counts
+        self.kept = BNMoments()           # of batches before
+        self.rows,self.counts = [],{}     # of batches that are still to be pooled, and the counts that all of these have
         self.forget()
 
     def forget(self):
@@ -188,7 +191,7 @@ class BNCapture:
         for s in self.uses: s.reset()
 
     def next(self):
-        "Keep what was seen, and begin the next batch. Batches that are alike are pooled together later: that takes as long as for one"
+        "Keep what was seen, and begin the next batch. Those that are alike are pooled together, which takes as long as one"
         for s in self.uses:
             if not s.counts: break
             counts = _all_counts(s.counts, self.layers)
@@ -236,16 +239,16 @@ class BNCapture:
         if all(map(torch.equal, own[:2], new[:2])): return  # it has only read them
         seen = Moments.of(x) if x.dim() > 1 and x.shape[1] == own[0].numel() else None
         if seen is None or not _explains(seen, own, new): raise ValueError(
-            f"BatchNorm layer '{name}' ({type(m).__name__}) has a forward of its own that cannot be followed: it neither calls "
-            "torch.nn.functional.batch_norm with its running statistics, nor updates these with the mean and variance of its input. "
-            "Let it do so, or train with bn_bs='window', which needs no moments")
+            f"BatchNorm layer '{name}' ({type(m).__name__}) has a forward of its own that cannot be followed: it neither "
+            "calls torch.nn.functional.batch_norm with its running statistics, nor updates these with the mean and "
+            "variance of its input. Let it do so, or train with bn_bs='window', which needs no moments")
         (mean,var,_),_ = self.buffers_for(name, own, m.momentum, seen.count)
         mean.copy_(seen.mean)
         var.copy_(seen.m2/max(seen.count-1, 1))
 
     @property
     def moments(self) -> BNMoments:
-        "Get the moments of all that each layer saw. Where one is a `SyncBatchNorm` of several processes, all of them have to ask"
+        "Get the moments of all that each layer saw. Of a `SyncBatchNorm` over several processes, all of them have to ask"
         self.next()
         self._pool()
         return self.kept
@@ -306,30 +309,33 @@ def diverting(layers:dict[str,nn.Module], taker):
         for k,m in layers.items(): stand_in(m, 'forward', Diverted(k, m, taker))
         yield
 
-# %% ../nbs/01_capture.ipynb #527b5d0a
+# %% ../nbs/01_capture.ipynb #e904ee64
 @contextmanager
 def capture_moments(
     layers:dict[str,nn.Module], # BN layers by name, as `bn_layers` gives them
 ):
-    """Have `layers` in training mode leave their moments in the `BNCapture` that is yielded, not in their running statistics.
+    """Have `layers` in training mode leave their moments in the `BNCapture` that is yielded, not in their statistics.
 
-    Raises `ValueError` for a lazy layer, for one that gets one value per channel, and for one with a forward of its own that cannot be followed."""
+    Raises `ValueError` for a lazy layer, one that gets one value per channel, and one whose own forward cannot be followed."""
     cap = BNCapture(layers)
     with diverting(layers, lambda name: cap): yield cap
 
-# %% ../nbs/01_capture.ipynb #f9fe1058
+# %% ../nbs/01_capture.ipynb #967d1cd8
 @torch.no_grad()
 def update_running_stats(
     layers:dict[str,nn.Module], # BN layers by name
     moments:BNMoments,          # What they saw; layers that saw nothing stay as they are
 ):
-    "Update the running statistics in place as one batch with these `moments` would have done. Raises `KeyError` for moments of a layer that `layers` lacks"
+    """Update the running statistics in place as one batch with these `moments` would have done.
+
+    Raises `KeyError` for moments of a layer that `layers` lacks."""
     if not moments.counts: return
     ks = [k for k in moments.channels if k in moments.counts]
     ms = [layers[k] for k in ks]
     f = [_factor(m.num_batches_tracked, moments.momenta.get(k, m.momentum)) for k,m in zip(ks, ms)]*2
-    flat = [dict(zip(moments.channels, split_channels(o, moments.channels))) for o in (moments.whole.mean, moments.whole.var())]
-    seen = torch._foreach_mul([o[k] for o in flat for k in ks], f)
+    split = lambda flat: dict(zip(moments.channels, split_channels(flat, moments.channels)))
+    means,vars = split(moments.whole.mean),split(moments.whole.var())
+    seen = torch._foreach_mul([o[k] for o in (means,vars) for k in ks], f)
     old = [m._buffers[k] for k in BUFFERS[:2] for m in ms]
     new = torch._foreach_add(torch._foreach_mul(old, [1-o for o in f]), [n.to(o) for n,o in zip(seen, old)])
     tracked = [o for m in ms if (o := m.num_batches_tracked) is not None]
@@ -350,12 +356,12 @@ def count_batch(moments:Moments, buffers:tuple, momentum:float|None):
     mean.lerp_(moments.mean.to(mean), f)
     var.lerp_(moments.var().to(var), f)
 
-# %% ../nbs/01_capture.ipynb #e7e8d127
+# %% ../nbs/01_capture.ipynb #90d98981
 class BNUpdates:
     "Running statistics of BN layers as `hold_updates` finds them"
     def __init__(self): self._own,self._versions,self._new = {},{},{}
 
-    def buffers_for(self, name:str, own:tuple, momentum:float|None, n:int) -> tuple[tuple[Tensor,Tensor,Tensor],float|None]:
+    def buffers_for(self, name:str, own:tuple, momentum:float|None, n:int) -> tuple[tuple,float|None]:
         "Lend copies of a layer's `own` running statistics, and its momentum"
         if name not in self._new:  # not earlier: DistributedDataParallel may bring buffers of another process before
             self._own[name] = own
@@ -372,7 +378,9 @@ class BNUpdates:
 
     @torch.no_grad()
     def commit(self):
-        "Write what forward passes made of the copies into the layers' own buffers, in place. What somebody else has written there since (`load_state_dict`) stays"
+        """Write what forward passes made of the copies into the layers' own buffers, in place.
+
+        What somebody else has written there since (`load_state_dict`) stays."""
         pairs = [(own,new) for k in self._own for own,version,new in zip(self._own[k], self._versions[k], self._new[k])
                  if own is not None and new is not None and own._version == version]
         if pairs: torch._foreach_copy_(*map(list, zip(*pairs)))
@@ -381,6 +389,6 @@ class BNUpdates:
 def hold_updates(
     layers:dict[str,nn.Module], # BN layers by name, as `bn_layers` gives them
 ):
-    "Have `layers` in training mode update copies of their running statistics; the `BNUpdates` that is yielded commits them"
+    "Have `layers` in training mode update copies of their statistics; the `BNUpdates` that is yielded commits them"
     updates = BNUpdates()
     with diverting(layers, lambda name: updates): yield updates

@@ -73,24 +73,24 @@ def bn_layers(
     "The BN layers of `model`: all instances of `_BatchNorm`, so `BatchNorm1d/2d/3d`, `SyncBatchNorm` and subclasses"
     return {n:m for n,m in model.named_modules() if isinstance(m, _BatchNorm)}
 
-# %% ../nbs/00_moments.ipynb #5f1010ad
+# %% ../nbs/00_moments.ipynb #5bf7bd4d
 def widths(channels:dict[str,int]) -> list[int]:
-    "List the widths of slices and gaps in turn: slices begin at multiples of 64, since kernels may want aligned pointers"
+    "List the widths of slices and gaps in turn: slices begin at multiples of 64, as kernels may want aligned pointers"
     return [o for c in channels.values() for o in (c, -c%64)]
 
 def split_channels(flat:Tensor, channels:dict[str,int]) -> tuple[Tensor,...]:
     "Take apart what stands side by side: a slice per layer"
     return flat.split(widths(channels))[::2]
 
-# %% ../nbs/00_moments.ipynb #6ded765c
+# %% ../nbs/00_moments.ipynb #8dd6f3d3
 class BNMoments:
     "Moments of a model's BN layers by name, as `capture_moments` gives them. A layer that saw nothing is missing"
     def __init__(self,
-        channels:dict[str,int]|None=None,         # Number of channels by layer name; None: nothing was seen at all
-        counts:dict[str,float]|None=None,         # Values per channel by layer name; layers that saw nothing are missing
-        whole:Moments|None=None,                  # Of all layers side by side, as `split_channels` takes them apart
-        momenta:dict[str,float|None]|None=None,   # The layers' `momentum` when they saw it. Missing: what it is in the end
-        within:Tensor|None=None,                  # What of M2 is within batches, of all layers side by side; None: all of it
+        channels:dict[str,int]|None=None,       # Number of channels by layer name; None: nothing was seen at all
+        counts:dict[str,float]|None=None,       # Values per channel by layer name, of layers that saw any
+        whole:Moments|None=None,                # Of all layers side by side, as `split_channels` takes them apart
+        momenta:dict[str,float|None]|None=None, # The layers' `momentum` when they saw it. Missing: that at the end
+        within:Tensor|None=None,                # What of M2 is within batches, side by side; None: all of it
     ):
         self.channels,self.counts = channels or {},counts or {}
         self.whole,self.momenta = whole,momenta or {}
@@ -99,8 +99,8 @@ class BNMoments:
     def items(self) -> list[tuple[str,Moments]]:
         "List name and moments of each layer that saw anything"
         if not self.counts: return []
-        means,m2s = (split_channels(o, self.channels) for o in (self.whole.mean, self.whole.m2))
-        return [(k,Moments(self.counts[k], mean, m2)) for k,mean,m2 in zip(self.channels, means, m2s) if k in self.counts]
+        parts = zip(self.channels, *(split_channels(o, self.channels) for o in (self.whole.mean, self.whole.m2)))
+        return [(k,Moments(self.counts[k], mean, m2)) for k,mean,m2 in parts if k in self.counts]
 
     def merge(self,
         other:BNMoments, # Of the same layers
@@ -109,7 +109,8 @@ class BNMoments:
         if not (self.counts and other.counts): return self if self.counts else other
         if self.channels != other.channels: raise ValueError("Moments of different layers do not merge")
         counts = {**self.counts, **{k:n+self.counts.get(k, 0) for k,n in other.counts.items()}}
-        return BNMoments(self.channels, counts, self.whole.merge(other.whole), {**self.momenta, **other.momenta}, self.within+other.within)
+        momenta = {**self.momenta, **other.momenta}
+        return BNMoments(self.channels, counts, self.whole.merge(other.whole), momenta, self.within+other.within)
 
 # %% ../nbs/00_moments.ipynb #71f327a4
 _all_ = ['BNCapture', 'BNUpdates', 'capture_moments', 'hold_updates', 'update_running_stats']

@@ -43,7 +43,7 @@ def replaced(obj, name:str, value):
         if before is missing: insist(vars(obj).pop, name, None)
         else: insist(vars(obj).__setitem__, name, before)
 
-# %% ../nbs/04_undo.ipynb #cb176e65
+# %% ../nbs/04_undo.ipynb #436f6a5a
 class StandIn:
     "Stand in for the method `inner` of an object"
     def __init__(self, inner): self.inner,self.was_own = inner,False  # was there an attribute of the object itself?
@@ -84,7 +84,8 @@ def take_away(obj, name:str, before=None):
     own = vars(obj)
     if before is None: own.pop(name, None)
     else: own[name] = before
-    if not any(is_stand_in(v) for k,v in list(own.items()) if k != '__getstate__') and is_stand_in(own.get('__getstate__')): del own['__getstate__']
+    left = [k for k,v in list(own.items()) if is_stand_in(v)]
+    if left == ['__getstate__']: del own['__getstate__']
 
 # %% ../nbs/04_undo.ipynb #3a29e1d5
 class Instead(StandIn):

@@ -41,7 +41,7 @@ from .capture import BNCapture, BNUpdates, diverting, sync_group, update_running
 # %% auto #0
 __all__ = ['Window']
 
-# %% ../nbs/03_window.ipynb #6303f3e0
+# %% ../nbs/03_window.ipynb #a5eb9d7c
 class Passes:
     "What BN layers see in the forward passes of a window"
     def __init__(self, layers:dict[str,nn.Module]):
@@ -55,7 +55,7 @@ class Passes:
         self.begin(native=False, is_open=False)
 
     def begin(self, native:bool, is_open:bool=True):
-        "Begin a micro-batch, with `native` updates where it is all of the window. Unless `is_open`, layers update themselves"
+        "Begin a micro-batch, with `native` updates if it is all of the window. Unless `is_open`, layers update themselves"
         self.native,self.is_open = native,is_open
         self.n,self.in_pass = 0,False                # passes of this micro-batch; is one under way?
         self.in_backward,self.recomputed = False,None  # within the backward pass; what that computes again
@@ -101,7 +101,7 @@ class Passes:
         for cap in self.captures: update_running_stats(self.layers, cap.moments)
         self.clear()
 
-# %% ../nbs/03_window.ipynb #6efe5f0f
+# %% ../nbs/03_window.ipynb #31456aa9
 class Ranks:
     "The processes that train `model` together, whose BN layers are `layers`"
     def __init__(self, model:nn.Module, layers:dict[str,nn.Module]):
@@ -119,7 +119,7 @@ class Ranks:
 
     @contextmanager
     def micro_batch(self, last:bool, preds:list):
-        "Within, gradients are averaged if the micro-batch is the `last`, and `preds` gets the predictions of a model for which others may wait"
+        "Average gradients in the `last` micro-batch alone. `preds` gets predictions, where others may wait for them"
         with ExitStack() as stack:
             if not last and hasattr(self.model, 'no_sync'): stack.enter_context(self.model.no_sync())
             if self.wait():
@@ -144,7 +144,7 @@ class Ranks:
         group = self.sync_group()
         return x if group is None else self.all_reduced(x, group, dist.ReduceOp.MAX)
 
-# %% ../nbs/03_window.ipynb #8eb61906
+# %% ../nbs/03_window.ipynb #01165911
 class Mean:
     "The mean over a window: its losses' denominators, and what `grads()` are divided by"
     def __init__(self, ranks:Ranks, grads):
@@ -153,13 +153,15 @@ class Mean:
 
     def clear(self):
         "Forget the window"
-        self.total = 0.                 # of the denominators that were added
-        self.scale = self.whole = None  # what gradients are divided by; the denominators of all processes, from the last micro-batch on
+        self.total = 0.    # of the denominators that were added
+        self.scale = None  # what gradients are divided by
+        self.whole = None  # the denominators of all processes, from the last micro-batch on
 
     def share(self, d:float|None, n:int, last:bool) -> float: # What to multiply the loss with
         "Prepare for a loss with the denominator `d`, None for a sum, in a window of `n` micro-batches"
         if d is not None and not 0 <= d < math.inf: raise ValueError(
-            f"`denominator` must be a finite number >= 0, got {d}. Give what the loss divides by, as the number of samples, or None for a sum")
+            f"`denominator` must be a finite number >= 0, got {d}. Give what the loss divides by, as the number of samples, "
+            "or None for a sum")
         if last: self.whole,n_ranks = self.ranks.total(self.total + (1 if d is None else d))
         if d is None: return 1.
         if last: self.rescale(self.whole/n_ranks)
@@ -187,7 +189,7 @@ class Mean:
         if grads: torch._foreach_mul_(grads, self.scale/scale)
         self.scale = scale or self.scale
 
-# %% ../nbs/03_window.ipynb #cdd845a8
+# %% ../nbs/03_window.ipynb #eab21d00
 @dataclass
 class MicroBatch:
     "The micro-batch under way"
@@ -196,8 +198,8 @@ class MicroBatch:
     backward: str = ''            # Its backward pass: 'begun' or 'done'
     added: bool = False           # Is it a part of the window?
     paged: bool = False           # Has the pager's block begun?
-    preds: list = field(default_factory=list)           # Predictions, where other processes may wait in their backward pass
-    held: ExitStack = field(default_factory=ExitStack)  # The pager's block: from the first forward pass to the end of the backward pass
+    preds: list = field(default_factory=list)           # Predictions, where others may wait in their backward pass
+    held: ExitStack = field(default_factory=ExitStack)  # The pager's block: first forward pass to end of backward
 
     def page(self, pager, model:nn.Module, inputs):
         "Begin the pager's block with a call of `model`, if it has not begun"
@@ -211,13 +213,12 @@ def _zero_loss(preds:list, model:nn.Module) -> Tensor:
     through = [o for o in tree_iter(preds) if isinstance(o, Tensor)] or model.parameters()
     return sum((o*0).sum() for o in through if o.requires_grad)
 
-# %% ../nbs/03_window.ipynb #74d50682
+# %% ../nbs/03_window.ipynb #f999d5a4
 class Window:
-    """Make one optimizer step of several micro-batches, with the gradient of the mean over all their samples and one update of BN's running statistics.
+    """Make one step of several micro-batches: the gradient of the mean over all samples, one update of BN's statistics.
 
-    Where `n` is 1, the native update of the running statistics itself waits for `commit`, so that it is the same to the last bit.
-
-    `RuntimeError`: calls outside `begin`. `ValueError`: a denominator that is negative or not finite; errors of `capture_moments`."""
+    Where `n` is 1, the native update of the running statistics itself waits for `commit`: the same to the last bit.
+    Raises `RuntimeError` for calls outside `begin`, `ValueError` for a bad denominator, and what `capture_moments` does."""
     def __init__(self,
         model:nn.Module, # As it is called: with DistributedDataParallel around it, if there is
         n:int,           # Micro-batches that are expected in a window. It may get fewer
@@ -239,7 +240,7 @@ class Window:
     @contextmanager
     def begin(self, last:bool, # Does the window end with this micro-batch?
     ):
-        "Begin a micro-batch, and end it. If it was not added, it is forgotten, and the window with it if its backward pass had begun"
+        "Begin and end a micro-batch. One that was not added is forgotten, with the window if its backward pass had begun"
         b = self.batch = MicroBatch(last)
         self.passes.begin(native=self.n == 1)
         try:
@@ -251,9 +252,9 @@ class Window:
             self.batch = None
 
     @contextmanager
-    def forward(self, *inputs, # What the pager is to leave on the device: the caller's tensors, also within tuples, lists and dicts
+    def forward(self, *inputs, # What the pager is to leave on the device, also within tuples, lists and dicts
     ):
-        "Run a forward pass of the model in training mode. Of several in a micro-batch each updates the running statistics; a layer that one calls twice pools both"
+        "Run a forward pass in training mode. Each of several updates the running statistics; a layer called twice pools"
         b = self._current()
         if self.pager is not None and self.passes.is_open and not b.backward: b.page(self.pager, self.model, inputs)
         with self.passes.forward(): yield
@@ -280,7 +281,7 @@ class Window:
         return loss if d is None else loss*factor
 
     def add(self):
-        "Make the micro-batch a part of the window. Without a backward pass it added no gradient, so its samples do not count"
+        "Make the micro-batch a part of the window. Without a backward pass there is no gradient: no sample counts"
         b = self._current()
         b.added = True
         self.count += 1
@@ -309,5 +310,5 @@ class Window:
         self._clear()
 
     def _current(self) -> MicroBatch:
-        if self.batch is None: raise RuntimeError("This belongs inside `with window.begin(last):`, which begins a micro-batch")
+        if self.batch is None: raise RuntimeError("No micro-batch has begun: this belongs inside `with window.begin(last):`")
         return self.batch
