@@ -210,7 +210,7 @@ def _close(self:AccumulateGradBN):
         self.after_epoch()
     insist(close)
 
-# %% ../nbs/05_accumulate.ipynb #08d1ae0f
+# %% ../nbs/05_accumulate.ipynb #a0e09b47
 @patch
 def after_cancel_train(self:AccumulateGradBN): self._close()
 @patch
@@ -227,6 +227,7 @@ def after_train(self:AccumulateGradBN):
         with replaced(learn, 'training', True), inside(learn, '_step', self._stepping):
             try: learn._with_events(learn._step, 'step', CancelStepException)
             except CancelBatchException: pass
+        self.opt.zero_grad()
     self._close()
 
 @patch
