@@ -10,7 +10,7 @@ from fastai.basics import Callback, CancelBackwardException, CancelBatchExceptio
 from fastai.distributed import DistributedTrainer
 from fastai.callback.schedule import *
 
-from fastai_bn.all import AccumulateGradBN, MicroBatched, ActivationPager, PreciseBN, bn_layers, capture_moments
+from fastai_bn.all import AccumulateGradBN, ActivationPager, MicroBatched, PreciseBN, Window, bn_layers, capture_moments
 from conftest import conv_net, do_fit, get_dls, get_learner, labels, snapshot, tilted
 
 N,BS,STEP = 64,2,8
@@ -79,6 +79,27 @@ def plain_loop(micro_bs, sync_bn, sizes=(N//2,N//2)):
     with ActivationPager(2**14): (F.cross_entropy(ddp(xs), ys, reduction='sum')*2/sum(sizes)).backward()
     return dict(grads={k:p.grad for k,p in model.named_parameters()}, state=snapshot(model))
 
+EMPTY_MICRO = [3,20,21,22,23,28,29,30,31]  # one target in a micro-batch of 4; all of two micro-batches
+
+def window_loop():
+    "`Window` in a plain loop: each process has every other micro-batch of 4, and windows of 3 and 2"
+    xs,ys = data(EMPTY_MICRO)
+    micro = list(zip(xs.split(4), ys.split(4)))[dist.get_rank()::2][:5]
+    model = conv_net()
+    ddp = DistributedDataParallel(model, broadcast_buffers=False)
+    opt,window = torch.optim.SGD(model.parameters(), lr=.1),Window(ddp, 3)
+    for i,(x,y) in enumerate(micro):
+        last = i in (2,4)
+        with window.begin(last):
+            with window.forward(x): pred = ddp(x)
+            with window.backward(): window.share(F.cross_entropy(pred, y), (y != -100).sum().item()).backward()
+            window.add()
+        if last and window.finish():
+            opt.step()
+            window.commit()
+        if last: opt.zero_grad()
+    return snapshot(model)
+
 def captured():
     "Moments of a SyncBatchNorm whose processes have batches of different sizes"
     model,r = nn.SyncBatchNorm(3).double(),dist.get_rank()
@@ -108,7 +129,7 @@ jobs = dict(
     **{f'loop {m} {sizes}': (lambda m=m,sizes=sizes: plain_loop(m, True, sizes)) for m in (None,4) for sizes in ((8,3),(2,9))},
     **{f'cancel {e} {k}': (lambda e=e,at=at,x=x,k=k: fit(MODES[k], True, cbs=[CancelAt(e, at[k], x())], epochs=1)) for e,at,x in (('before_backward',dict(none=7,eight=1),CancelBackwardException), ('before_batch',dict(none=15,eight=3),CancelBatchException)) for k in ('none','eight')},
     **{f'lr_find {k}': (lambda kw=MODES[k]: lr_find(kw)) for k in ('none','window','eight')},
-    single=single_values, captured=captured, again=again)
+    single=single_values, captured=captured, again=again, window=window_loop)
 
 if __name__ == '__main__':
     import sync_cpu  # patches

@@ -8,7 +8,7 @@ from torch import nn
 
 import ranks
 from fastai_bn.all import AccumulateGradBN, MicroBatched
-from conftest import F64, Inputs, conv_net, do_fit, get_dls, get_learner, tilted, windows_of
+from conftest import F64, Inputs, conv_net, do_fit, get_dls, get_learner, reference_fit, tilted, windows_of
 from ranks import BS, EMPTY, MODES, STEP, data
 
 @pytest.fixture(scope='session')
@@ -99,6 +99,19 @@ def test_a_second_fit_in_the_context_and_one_more(got):
     learn = large_batch(1)
     for _ in range(2): do_fit(learn)
     for o in got: close(o['again'], learn.model.state_dict())
+
+
+# --- A plain loop
+
+def test_a_window_in_a_plain_loop(got):
+    "Windows of both, with micro-batches that lack targets; running statistics of each process's own"
+    xs,ys = data(ranks.EMPTY_MICRO)
+    micro = list(zip(xs.split(4), ys.split(4)))
+    mine = [micro[r::2][:5] for r in (0,1)]
+    ref = reference_fit(conv_net(), [mine[0][s]+mine[1][s] for s in (slice(0, 3), slice(3, 5))], lambda p,y: (F.cross_entropy(p, y, reduction='sum'), (y != -100).sum()))
+    for o in got:
+        for k,v in ref.named_parameters(): torch.testing.assert_close(o['window'][k], v.detach(), rtol=1e-10, atol=1e-11)
+    assert not torch.equal(got[0]['window']['1.running_mean'], got[1]['window']['1.running_mean'])
 
 
 # --- BN of each process's own

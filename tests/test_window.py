@@ -315,6 +315,14 @@ def test_a_gan_that_switches_in_mid_window_is_refused():
     with pytest.raises(ValueError, match="GANTrainer.*bn_bs='window'"): gan(2, AccumulateGradBN(4))
     with pytest.raises(ValueError, match="GANTrainer.*bn_bs='window'"): gan(2, AccumulateGradBN(4, bn_bs=4))
 
+def test_other_parameters_in_mid_window_are_refused():
+    "Somebody's own switcher"
+    class Switch(Callback):
+        run_valid = False
+        def before_batch(self):
+            for p in self.learn.model[0].parameters(): p.requires_grad_(self.iter%2 == 0)
+    with pytest.raises(ValueError, match="other parameters.*bn_bs='window'"): fit(2, AccumulateGradBN(4), Switch())
+
 def test_a_model_that_is_swapped_between_windows():
     class Swap(Callback):
         run_valid = False
