@@ -159,19 +159,20 @@ def _explains(seen:Moments, old:tuple, new:tuple) -> bool:
         if (step-f*way).norm() <= 1e-2*step.norm(): return True
     return False
 
-# %% ../nbs/01_capture.ipynb #c4bf707e
+# %% ../nbs/01_capture.ipynb #25ac58d1
 class BNCapture:
     "Moments of BN layers as `capture_moments` finds them"
     def __init__(self,
         layers:dict[str,nn.Module], # BN layers by name
     ):
+        refuse_lazy(layers)
         self.layers = {k:m for k,m in layers.items() if m._buffers.get('running_mean') is not None}
-        self.momenta,self.uses = {},[]  # the k-th call of each layer in a batch is in the k-th use
+        self.uses = [Scratch(self.layers)] if self.layers else []  # the k-th call of each layer in a batch is in the k-th
         self.reset()
 
     def buffers_for(self, name:str, own:tuple, momentum:float|None, n:int) -> tuple[tuple,float]:
         "Lend a layer buffers (mean, variance, number of batches) and momentum, for a call on `n` values per channel"
-        self.momenta[name] = momentum
+        self.now[name] = momentum
         for s in self.uses:
             if name not in s.counts: break
         else:
@@ -183,11 +184,13 @@ class BNCapture:
     def reset(self):
         "Forget all that was seen"
         self.kept = BNMoments()           # of batches before
-        self.rows,self.counts = [],{}     # of batches that are still to be pooled, and the counts that all of these have
+        self.rows,self.counts = [],{}     # of batches that are still to be pooled, and the counts that these have
+        self.momenta = {}
         self.forget()
 
     def forget(self):
         "Forget what was seen since `next`. The scratch buffers are used again"
+        self.now = {}  # momenta of this batch
         for s in self.uses: s.reset()
 
     def next(self):
@@ -198,15 +201,16 @@ class BNCapture:
             if counts != self.counts or len(self.rows) == 32: self._pool()
             self.rows.append(s.row())
             self.counts = counts
+        self.momenta.update(self.now)
         self.forget()
 
     def _pool(self):
-        if self.rows: self.kept = self.kept.merge(self.uses[0].moments(self.counts, self.momenta, self.rows))
+        if self.rows: self.kept = self.kept.merge(self.uses[0].moments(self.counts, dict(self.momenta), self.rows))
         self.rows = []
 
     def has_seen(self, name:str) -> bool:
         "Tell whether layer `name` has been called since `next`"
-        return bool(self.uses) and name in self.uses[0].counts
+        return name in self.now
 
     def run(self, name:str, m:nn.Module, own:tuple, forward, args:tuple, kwargs:dict):
         "Run the `forward` of layer `m`, which has its `own` buffers, and keep the moments of what it normalises"
@@ -283,7 +287,7 @@ def undiverted(m:nn.Module):
     o = diverted(m)
     return m.forward if o is None else o.inner
 
-# %% ../nbs/01_capture.ipynb #1f57e485
+# %% ../nbs/01_capture.ipynb #14a79f28
 PLACES = 'forward','__getstate__'  # where something stands in
 
 def _put_back(before:list):
@@ -302,11 +306,14 @@ def kept(layers:Iterable[nn.Module]):
     finally: insist(_put_back, before)
 
 @contextmanager
-def diverting(layers:dict[str,nn.Module], taker):
-    "Within, updates of `layers` go to `taker(name)`"
+def diverting(layers:dict[str,nn.Module], taker, stands:dict[str,Diverted]|None=None):
+    "Within, updates of `layers` go to `taker(name)`. `stands`: what stood in before, to be used again"
     refuse_lazy(layers)
+    stands = {} if stands is None else stands
     with kept(layers.values()):
-        for k,m in layers.items(): stand_in(m, 'forward', Diverted(k, m, taker))
+        for k,m in layers.items():
+            if k not in stands or stands[k].inner != undiverted(m): stands[k] = Diverted(k, m, taker)
+            stand_in(m, 'forward', stands[k])
         yield
 
 # %% ../nbs/01_capture.ipynb #e904ee64

@@ -41,11 +41,11 @@ from .capture import BNCapture, BNUpdates, diverting, sync_group, update_running
 # %% auto #0
 __all__ = ['Window']
 
-# %% ../nbs/03_window.ipynb #a5eb9d7c
+# %% ../nbs/03_window.ipynb #ea8ecd2e
 class Passes:
     "What BN layers see in the forward passes of a window"
     def __init__(self, layers:dict[str,nn.Module]):
-        self.layers,self.captures = layers,[]  # by forward pass
+        self.layers,self.captures,self.stands = layers,[],{}  # by forward pass; by layer
         self.clear()
 
     def clear(self):
@@ -59,6 +59,10 @@ class Passes:
         self.native,self.is_open = native,is_open
         self.n,self.in_pass = 0,False                # passes of this micro-batch; is one under way?
         self.in_backward,self.recomputed = False,None  # within the backward pass; what that computes again
+
+    def diverting(self):
+        "Within, the window takes what layers see. The same objects stand in each time: a compiled model would be compiled again for others"
+        return diverting(self.layers, self.taker, self.stands)
 
     @contextmanager
     def forward(self):
@@ -213,7 +217,7 @@ def _zero_loss(preds:list, model:nn.Module) -> Tensor:
     through = [o for o in tree_iter(preds) if isinstance(o, Tensor)] or model.parameters()
     return sum((o*0).sum() for o in through if o.requires_grad)
 
-# %% ../nbs/03_window.ipynb #f999d5a4
+# %% ../nbs/03_window.ipynb #225353c1
 class Window:
     """Make one step of several micro-batches: the gradient of the mean over all samples, one update of BN's statistics.
 
@@ -244,7 +248,7 @@ class Window:
         b = self.batch = MicroBatch(last)
         self.passes.begin(native=self.n == 1)
         try:
-            with b.held, self.ranks.micro_batch(last, b.preds), diverting(self.layers, self.passes.taker): yield
+            with b.held, self.ranks.micro_batch(last, b.preds), self.passes.diverting(): yield
         finally:
             if b.added: self.passes.gather()
             elif b.backward: self.drop()
