@@ -65,7 +65,7 @@ def loss_denominator(
     keep = y != opt('ignore_index', -100)
     return (keep.sum() if w is None else w.to(y.device)[y[keep]].sum()).item()
 
-# %% ../nbs/05_accumulate.ipynb #2d57053e
+# %% ../nbs/05_accumulate.ipynb #52bbcd14
 class _Order:
     "While no window is open, after `DistributedTrainer` (11); within one before `MixedPrecision` (10), which unscales"
     def __get__(self, cb, cls): return 12 if cb is not None and cb.window is None else MixedPrecision.order-4
@@ -78,12 +78,13 @@ class AccumulateGradBN(Callback):
 
     Raises `ValueError` for arguments out of range. In `fit`: where windows cannot be made of the DataLoader (it is
     empty, `bn_bs` does not divide `n_step*bs`, with `last='drop'` no window is ever full); items that cannot be joined;
-    `GradientAccumulation` beside it; a negative `weight`; one value per channel at `bn_bs=None`; other parameters to be
-    trained within a window, as in a GAN, or another model; `DataParallel`. `RuntimeError`: a fit within a training epoch
-    of the same learner. With `budget` and `micro_bs` also what `ActivationPager` and `MicroBatched` raise."""
+    `GradientAccumulation` beside it; a negative `weight`; one value per channel at `bn_bs=None`; other parameters to
+    be trained within a window, as in a GAN, or another model; `DataParallel`. `RuntimeError`: a fit within a training
+    epoch of the same learner. With `budget` and `micro_bs` also what `ActivationPager` and `MicroBatched` raise."""
     order,run_valid = _Order(),False
     window = batches = _last_window = None
-    _stateattrs = 'window','batches','_last_window','_params','_trained'  # what `learn.export` leaves out: the epoch under way
+    # What `learn.export` leaves out: the epoch under way
+    _stateattrs = 'window','batches','_last_window','_params','_trained'
     def __init__(self,
         n_step:int=16,   # Micro-batches per optimizer step: the effective batch is `n_step` times the DataLoader's `bs`
         *,
@@ -96,13 +97,13 @@ class AccumulateGradBN(Callback):
         if not is_count(n_step): raise ValueError(
             f"`n_step` must be an integer >= 1, got n_step={n_step!r}. It is a number of micro-batches")
         if not (bn_bs is None or (isinstance(bn_bs, str) and bn_bs == 'window') or is_count(bn_bs)): raise ValueError(
-            f"`bn_bs` must be an integer >= 1, 'window' or None, got bn_bs={bn_bs!r}. It is a number of samples; None is "
-            "the micro-batch as it comes")
+            f"`bn_bs` must be an integer >= 1, 'window' or None, got bn_bs={bn_bs!r}. It is a number of samples; None "
+            "is the micro-batch as it comes")
         if weight is not None and not callable(weight): raise ValueError(
-            f"`weight` must be a callable (pred, *yb) -> number, got weight={weight!r}. Without it the denominator is inferred")
+            f"`weight` must be a callable (pred, *yb) -> number, got weight={weight!r}. None infers the denominator")
         if not (micro_bs is None or is_count(micro_bs)): raise ValueError(
-            f"`micro_bs` must be an integer >= 1 or None, got micro_bs={micro_bs!r}. It is a number of samples; None is the "
-            "BN batch in one piece")
+            f"`micro_bs` must be an integer >= 1 or None, got micro_bs={micro_bs!r}. It is a number of samples; None "
+            "is the BN batch in one piece")
         if last not in ('step','drop'): raise ValueError(
             f"`last` must be 'step' or 'drop', got last={last!r}. It says what the short last window of an epoch does")
         self.n_step,self.bn_bs,self.weight = int(n_step),bn_bs,weight
@@ -135,7 +136,7 @@ def _n_windows(self:AccumulateGradBN, dl) -> int:
     n = self._rebatched(dl).n_micro/self.n_step
     return math.floor(n) if self.last == 'drop' else math.ceil(n)
 
-# %% ../nbs/05_accumulate.ipynb #3eb0a33a
+# %% ../nbs/05_accumulate.ipynb #b659c3b7
 @patch
 def _check(self:AccumulateGradBN, dl):
     "Raise `ValueError` where no window can be made of an epoch of `dl`"
@@ -144,16 +145,22 @@ def _check(self:AccumulateGradBN, dl):
         "The training DataLoader yields no batch: it is empty, or it has fewer than bs items and drops the last batch. "
         "Add data, or make it with a smaller bs or drop_last=False")
     if not self._n_windows(dl): raise ValueError(
-        f"n_step={self.n_step}, but an epoch has {n_iter} batches: with last='drop' no optimizer step is ever made. Use a "
-        "smaller n_step or last='step'")
+        f"n_step={self.n_step}, but an epoch has {n_iter} batches: with last='drop' no optimizer step is ever made. "
+        "Use a smaller n_step or last='step'")
     if is_count(self.bn_bs) and (not bs or self.n_step*bs % self.bn_bs):
         size = f'={self.n_step*bs}' if bs else ''
         raise ValueError(f"bn_bs={self.bn_bs}, n_step={self.n_step}, and the DataLoader's bs={bs}: bn_bs has to divide "
                          f"n_step*bs{size}, so that BN batches fill the window. Or use bn_bs='window'")
+    self._check_others()
+
+# %% ../nbs/05_accumulate.ipynb #04d57492
+@patch
+def _check_others(self:AccumulateGradBN):
+    "Raise `ValueError` where something else in the learner does not go with it"
     gan = sys.modules.get('fastai.vision.gan')
     if gan is not None and self._per_step() > 1 and any(isinstance(cb, gan.GANTrainer) for cb in self.learn.cbs):
-        raise ValueError("GANTrainer trains generator and critic in turn, and a window would have gradients of both. Use "
-                         "bn_bs='window', where each batch is a whole step")
+        raise ValueError("GANTrainer trains generator and critic in turn, and a window would have gradients of both. "
+                         "Use bn_bs='window', where each batch is a whole step")
     others = [cb for cb in self.learn.cbs if isinstance(cb, (GradientAccumulation,AccumulateGradBN)) and cb is not self]
     if others: raise ValueError(
         f"{others[0].name} accumulates gradients too: remove it, AccumulateGradBN does all of it")
@@ -163,7 +170,7 @@ def _check(self:AccumulateGradBN, dl):
         raise ValueError("AccumulateGradBN cannot follow the copies that DataParallel makes of the model: use "
                          "learn.distrib_ctx() instead")
 
-# %% ../nbs/05_accumulate.ipynb #634581ef
+# %% ../nbs/05_accumulate.ipynb #96591694
 @patch
 def _is_running(self:AccumulateGradBN) -> bool: return self.window is not None and 'one_batch' in vars(self.learn)
 
@@ -178,6 +185,7 @@ def before_epoch(self:AccumulateGradBN):
 @patch
 def after_epoch(self:AccumulateGradBN): take_away(self.learn, 'all_batches')
 
+# %% ../nbs/05_accumulate.ipynb #ab82d9a5
 @patch
 def before_train(self:AccumulateGradBN):
     "Check that windows can be made of this epoch, and open the first"
@@ -186,8 +194,8 @@ def before_train(self:AccumulateGradBN):
             "A fit within a training epoch of the same learner would end that epoch's window, and leave the learner "
             "without its batch. Do so in after_epoch, or with a copy of the learner")
         if 'all_batches' not in vars(self.learn): raise RuntimeError(
-            "AccumulateGradBN missed the beginning of this epoch: it was added in before_epoch, or a fit or validation of "
-            "this learner ran there. Do so before the fit or in after_epoch")
+            "AccumulateGradBN missed the beginning of this epoch: it was added in before_epoch, or a fit or validation "
+            "of this learner ran there. Do so before the fit or in after_epoch")
         self._check(self.dl)
         self.learn.dl = self.batches = self._rebatched(self.dl)
         self._open()
@@ -218,7 +226,12 @@ def _close(self:AccumulateGradBN):
         self.after_epoch()
     insist(close)
 
-# %% ../nbs/05_accumulate.ipynb #a0e09b47
+# %% ../nbs/05_accumulate.ipynb #d8567bef
+@patch
+def after_fit(self:AccumulateGradBN):
+    "Let go of the model"
+    self._last_window = None
+
 @patch
 def after_cancel_train(self:AccumulateGradBN): self._close()
 @patch
@@ -238,6 +251,7 @@ def after_train(self:AccumulateGradBN):
         self.opt.zero_grad()
     self._close()
 
+# %% ../nbs/05_accumulate.ipynb #15d5b534
 @patch
 def _all_batches(self:AccumulateGradBN, learn, do):
     "Run the training loop. An exception drops the window that is open"
@@ -251,13 +265,13 @@ def _all_batches(self:AccumulateGradBN, learn, do):
     except (CancelTrainException, CancelEpochException, CancelFitException): raise  # there are events for these
     except CannotJoin as e:
         self._close()
-        raise ValueError(f"bn_bs: micro-batches cannot be joined to a BN batch, {e}. Give all items one size (Resize, or "
-                         "padding to a fixed size), or use bn_bs=None") from e
+        raise ValueError(f"bn_bs: micro-batches cannot be joined to a BN batch, {e}. Give all items one size (Resize, "
+                         "or padding to a fixed size), or use bn_bs=None") from e
     except BaseException:
         self._close()
         raise
 
-# %% ../nbs/05_accumulate.ipynb #2caa7ea8
+# %% ../nbs/05_accumulate.ipynb #0b30a551
 @patch
 def _one_batch(self:AccumulateGradBN, do, *args):
     "Run `Learner.one_batch` inside the window"
@@ -280,6 +294,7 @@ def _is_last(self:AccumulateGradBN) -> bool:
     if self.bn_bs is not None: return self.batches.last
     return self.window.count+1 >= self.n_step or (self.last == 'step' and self.batches.last)
 
+# %% ../nbs/05_accumulate.ipynb #84d829a0
 @patch
 def _forward(self:AccumulateGradBN, forward, *args, **kwargs):
     "Run a forward pass of the model; in mid-batch predictions in eval mode pass by"
@@ -298,7 +313,7 @@ def _n_samples(self:AccumulateGradBN, args, kwargs={}) -> int:
     "Count the samples of inputs"
     return n_samples((*args, *kwargs.values()), tuple(self.yb), self.batches.bs)
 
-# %% ../nbs/05_accumulate.ipynb #352cf2de
+# %% ../nbs/05_accumulate.ipynb #7b1bd1ee
 @patch
 def _check_model(self:AccumulateGradBN):
     "Raise `ValueError` where other parameters are trained in mid-window than at its beginning"
@@ -308,14 +323,13 @@ def _check_model(self:AccumulateGradBN):
         self.window.n = self._per_step()
         self._trained = self._trainable()
     elif w.model is not self.model or self._trained != self._trainable(): raise ValueError(
-        f"A window has gradients of {self.n_step} micro-batches, but within it a callback has begun to train another model "
-        "or other parameters (GANTrainer does, in turn). Use bn_bs='window', where each batch is a whole step, or switch "
-        "between windows")
+        f"A window has gradients of {self.n_step} micro-batches, but within it a callback has begun to train another "
+        "model or other parameters. Use bn_bs='window', where each batch is a whole step, or switch between windows")
 
 @patch
 def _trainable(self:AccumulateGradBN) -> list[bool]: return [p.requires_grad for p in self._params]
 
-# %% ../nbs/05_accumulate.ipynb #a086c42f
+# %% ../nbs/05_accumulate.ipynb #9b6f990a
 @patch
 def after_loss(self:AccumulateGradBN):
     "Scale the loss to its share of the window"
@@ -323,11 +337,8 @@ def after_loss(self:AccumulateGradBN):
     learn = self.learn
     if self.pager is not None: self.pager.pin(learn.loss)
     d = (self.weight or partial(loss_denominator, learn.loss_func, n=self._n_samples(self.xb)))(self.pred, *self.yb)
-    if d is not None and not 0 <= (d := float(d)) < math.inf: raise ValueError(
-        f"weight(pred, *yb) returned {d}: the denominator of a batch's loss must be a finite number >= 0, or None for a "
-        "sum")
+    learn.loss_grad = self.window.share(self.loss_grad, None if d is None else float(d))
     if d == 0: learn.loss = torch.zeros_like(learn.loss, requires_grad=False)
-    learn.loss_grad = self.window.share(self.loss_grad, d)
 
 @patch
 def after_backward(self:AccumulateGradBN): self.window.add()

@@ -1,11 +1,13 @@
 """The one place that knows what a sample is: batches cut, joined and counted
 
-Micro-batches are joined to the batch that BatchNorm sees, batches are cut into pieces, losses are weighed by samples. All of that has to know what a **sample** is
-in a batch that may be tensors, arrays, tuples, lists and dicts within one another. There is one definition, and it stands here:
+Micro-batches are joined to the batch that BatchNorm sees, batches are cut into pieces, losses are weighed by samples.
+All of that has to know what a **sample** is in a batch that may be tensors, arrays, tuples, lists and dicts within one
+another. There is one definition, and it stands here:
 
-- **The batch's size is that of its inputs**, not of the targets: eight images are eight samples, whatever boxes or characters belong to them.
-- **A list as long as the batch holds an entry per sample** (the boxes of each image, its file name), and goes one behind the other. A list of tensors that have all
-  samples themselves is a structure: several inputs.
+- **The batch's size is that of its inputs**, not of the targets: eight images are eight samples, whatever boxes or
+  characters belong to them.
+- **A list as long as the batch holds an entry per sample** (the boxes of each image, its file name), and goes one
+  behind the other. A list of tensors that have all samples themselves is a structure: several inputs.
 - **What has no samples is the same in all batches**: a temperature, class weights.
 - What cannot be joined raises a `ValueError` that says what it is.
 
@@ -31,7 +33,7 @@ from fastcore.foundation import L
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/02_batches.ipynb #d5f0f6d5
+# %% ../nbs/02_batches.ipynb #c4845c69
 def is_count(n) -> bool:
     "Tell whether `n` is an integer of at least 1"
     return isinstance(n, Integral) and not isinstance(n, bool) and n >= 1
@@ -56,6 +58,7 @@ def _sizes(o) -> list[int]:
     if isinstance(o[0], Mapping): return [len(o)]
     return [*next((s for v in o if (s := _sizes(v))), []), len(o)]
 
+# %% ../nbs/02_batches.ipynb #21fcb05d
 def n_samples(
     xb:tuple,         # The inputs of a batch
     yb:tuple=(),      # Its targets
@@ -105,19 +108,21 @@ def rebuild(like, parts):
     "Make a list or tuple of the type of `like`"
     return type(like)(*parts) if hasattr(like, '_fields') else type(like)(parts)
 
-# %% ../nbs/02_batches.ipynb #80511213
+# %% ../nbs/02_batches.ipynb #ab128d9a
 def _lengths(b, n:int, rows:int) -> list[int]|None:
     "Find lengths of `n` samples that are `rows` together, in batch `b`"
     if _is_array(b):
-        if b.ndim != 1 or len(b) != n or torch.as_tensor(b).is_floating_point(): return None
-        lengths = [int(o) for o in b]
-        return lengths if sum(lengths) == rows and min(lengths, default=0) >= 0 else None
+        if b.ndim != 1 or len(b) != n: return None
+        lengths = b.tolist()
+        is_lengths = all(type(o) is int and o >= 0 for o in lengths) and sum(lengths) == rows
+        return lengths if is_lengths else None
     return next((s for o in _parts(b) if (s := _lengths(o, n, rows)) is not None), None)
 
 def _slices(o, sizes:list[int]) -> list:
     if isinstance(o, Tensor): return list(o.split(sizes))  # one node: slices would each give a gradient of full size
     return [o[end-n:end] for n,end in zip(sizes, accumulate(sizes))]
 
+# %% ../nbs/02_batches.ipynb #f04b0fec
 def _cut(o, sizes:list[int], whole, lists:set[type]) -> list:
     "Cut `o`, a part of the batch `whole`"
     n,k = sum(sizes),range(len(sizes))
@@ -145,7 +150,7 @@ def cut(
     parts = [_cut(o, sizes, b, lists) for o in b]
     return [rebuild(b, [o[i] for o in parts]) for i in k]
 
-# %% ../nbs/02_batches.ipynb #40c19eb4
+# %% ../nbs/02_batches.ipynb #6de9446b
 def _order(t:Tensor) -> list[int]:
     "List the dimensions of `t` from the outermost in memory to the innermost; of one stride, size 1 is further in"
     return sorted(range(t.dim()), key=lambda d: (-t.stride(d), t.shape[d] == 1))
@@ -158,6 +163,7 @@ def _cat(ts:list[Tensor]) -> Tensor:
     back = [order.index(d) for d in range(len(order))]
     return torch.cat([t.permute(order) for t in ts], order.index(0)).permute(back)
 
+# %% ../nbs/02_batches.ipynb #cdc84c60
 def _is_same(a, b) -> bool:
     "Tell whether `a` equals `b`, whatever they are"
     if isinstance(a, Tensor) or isinstance(b, Tensor):
@@ -276,7 +282,7 @@ def n_items(dl) -> float:
     bs = batch_size(dl)
     return n - n%bs if n < math.inf and bs and getattr(dl, 'drop_last', False) else n
 
-# %% ../nbs/02_batches.ipynb #b9c53a76
+# %% ../nbs/02_batches.ipynb #11887e37
 class BNBatches(GetAttr):
     """The batches of `dl`, in windows of `n_step`, joined and cut to `bn_bs` samples.
 
@@ -285,7 +291,7 @@ class BNBatches(GetAttr):
     def __init__(self,
         dl,                   # fastai's or PyTorch's DataLoader, of micro-batches
         n_step:int,           # Micro-batches in a window
-        bn_bs:float|None,     # Samples per batch; infinity: all of the window; None: as in `dl`, `last` at its end alone
+        bn_bs:float|None,     # Samples per batch; infinity: all of the window; None: as in `dl`, `last` at its end
         drop:bool,            # Leave out a short last window?
         n_inp:int|None=None,  # Inputs in a batch. None: by the `Learner`'s rule
     ): self.dl,self.n_step,self.bn_bs,self.drop,self.n_inp,self.last = dl,n_step,bn_bs,drop,n_inp,False

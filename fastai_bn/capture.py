@@ -1,8 +1,8 @@
 """What BatchNorm layers see, from the native kernels, at no cost; and updates of running statistics that wait
 
-A BatchNorm (BN) layer in training mode computes the mean and variance of its batch anyway. `capture_moments` has the layer leave them where they can be
-read and merged, instead of in its running statistics; `update_running_stats` puts the pooled ones there later. `hold_updates` lets the layers update copies of
-their running statistics, until `commit`.
+A BatchNorm (BN) layer in training mode computes the mean and variance of its batch anyway. `capture_moments` has the
+layer leave them where they can be read and merged, instead of in its running statistics; `update_running_stats` puts
+the pooled ones there later. `hold_updates` lets the layers update copies of their running statistics, until `commit`.
 
 ```python
 layers = bn_layers(model)
@@ -10,8 +10,8 @@ with capture_moments(layers) as cap: pred = model(xb)   # the same prediction; t
 update_running_stats(layers, cap.moments)               # now they follow
 ```
 
-Own arithmetic for BN in Python cost 29 % of a ResNet-18's step. This costs less than one per cent, as PyTorch's own kernels do all the work. It works in any
-loop; `AccumulateGradBN` and `precise_bn` are built on it.
+Own arithmetic for BN in Python cost 29 % of a ResNet-18's step. This costs about one per cent, as PyTorch's own kernels
+do all the work. It works in any loop; `AccumulateGradBN` and `precise_bn` are built on it.
 
 Docs: https://fastai-bn.github.io/fastai_bn/capture.html.md"""
 
@@ -134,7 +134,7 @@ class Scratch:
         seen = {k:o*len(rows) for k,o in counts.items() if o}
         return BNMoments(self.channels, seen, first.merge(*others), momenta, sum((o.m2 for o in others), first.m2))
 
-# %% ../nbs/01_capture.ipynb #1a1bbebe
+# %% ../nbs/01_capture.ipynb #157875ab
 class ReplaceBatchNorm(overrides.TorchFunctionMode):
     "Within, `F.batch_norm` is `f`"
     def __init__(self, f):
@@ -149,17 +149,22 @@ def is_native(forward) -> bool:
     "Tell whether `forward` is PyTorch's own: one call of a kernel, on all of the input"
     return getattr(forward, '__func__', None) in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
+def _is_unchanged(old:Tensor, new:Tensor) -> bool:
+    return old is new or bool(((old == new) | (old.isnan() & new.isnan())).all())
+
 def _explains(seen:Moments, old:tuple, new:tuple) -> bool:
     "Tell whether statistics went from `old` to `new` as by one batch with the moments `seen`, whatever the momentum"
-    old,new = (torch.cat([o.double() for o in buffers[:2]]) for buffers in (old,new))
+    flat = lambda *ts: torch.cat([t.cpu().double() for t in ts])
+    old,new = flat(*old[:2]),flat(*new[:2])
     step = new-old
+    if not step.isfinite().all(): return True  # inf or NaN in the input, as when half precision overflows
     for var in (seen.var(unbiased=False), seen.m2/max(seen.count-1, 1)):  # many layers forget n/(n-1)
-        way = torch.cat([seen.mean.double(), var.double()])-old
+        way = flat(seen.mean, var)-old
         f = (step@way)/(way@way).clamp(min=1e-300)
         if (step-f*way).norm() <= 1e-2*step.norm(): return True
     return False
 
-# %% ../nbs/01_capture.ipynb #25ac58d1
+# %% ../nbs/01_capture.ipynb #b5f361c6
 class BNCapture:
     "Moments of BN layers as `capture_moments` finds them"
     def __init__(self,
@@ -167,7 +172,7 @@ class BNCapture:
     ):
         refuse_lazy(layers)
         self.layers = {k:m for k,m in layers.items() if m._buffers.get('running_mean') is not None}
-        self.uses = [Scratch(self.layers)] if self.layers else []  # the k-th call of each layer in a batch is in the k-th
+        self.uses = [Scratch(self.layers)] if self.layers else []  # the k-th has the k-th call of each layer in a batch
         self.reset()
 
     def buffers_for(self, name:str, own:tuple, momentum:float|None, n:int) -> tuple[tuple,float]:
@@ -184,7 +189,7 @@ class BNCapture:
     def reset(self):
         "Forget all that was seen"
         self.kept = BNMoments()           # of batches before
-        self.rows,self.counts = [],{}     # of batches that are still to be pooled, and the counts that these have
+        self.rows,self.counts = [],{}     # of batches that are still to be pooled; the counts that these have
         self.momenta = {}
         self.forget()
 
@@ -194,7 +199,7 @@ class BNCapture:
         for s in self.uses: s.reset()
 
     def next(self):
-        "Keep what was seen, and begin the next batch. Those that are alike are pooled together, which takes as long as one"
+        "Keep what was seen, and begin the next batch. Those that are alike are pooled together, in the time of one"
         for s in self.uses:
             if not s.counts: break
             counts = _all_counts(s.counts, self.layers)
@@ -240,19 +245,20 @@ class BNCapture:
     @torch.no_grad()
     def _by_hand(self, name:str, m:nn.Module, x:Tensor, own:tuple, new:tuple):
         "Keep the moments of `x`, if the layer's statistics follow them"
-        if all(map(torch.equal, own[:2], new[:2])): return  # it has only read them
-        seen = Moments.of(x) if x.dim() > 1 and x.shape[1] == own[0].numel() else None
+        if all(map(_is_unchanged, own[:2], new[:2])): return  # it has only read them
+        has_channels = x is not None and x.dim() > 1 and x.shape[1] == own[0].numel()
+        seen = Moments.of(x) if has_channels else None
         if seen is None or not _explains(seen, own, new): raise ValueError(
-            f"BatchNorm layer '{name}' ({type(m).__name__}) has a forward of its own that cannot be followed: it neither "
-            "calls torch.nn.functional.batch_norm with its running statistics, nor updates these with the mean and "
-            "variance of its input. Let it do so, or train with bn_bs='window', which needs no moments")
+            f"BatchNorm layer '{name}' ({type(m).__name__}) has a forward of its own that cannot be followed: it "
+            "neither calls torch.nn.functional.batch_norm with its running statistics, nor updates these with the mean "
+            "and variance of its input. Let it do so, or train with bn_bs='window', which needs no moments")
         (mean,var,_),_ = self.buffers_for(name, own, m.momentum, seen.count)
         mean.copy_(seen.mean)
         var.copy_(seen.m2/max(seen.count-1, 1))
 
     @property
     def moments(self) -> BNMoments:
-        "Get the moments of all that each layer saw. Of a `SyncBatchNorm` over several processes, all of them have to ask"
+        "Get the moments of all that each layer saw. With `SyncBatchNorm` over several processes, all have to ask"
         self.next()
         self._pool()
         return self.kept
@@ -316,14 +322,14 @@ def diverting(layers:dict[str,nn.Module], taker, stands:dict[str,Diverted]|None=
             stand_in(m, 'forward', stands[k])
         yield
 
-# %% ../nbs/01_capture.ipynb #e904ee64
+# %% ../nbs/01_capture.ipynb #8fab6c84
 @contextmanager
 def capture_moments(
     layers:dict[str,nn.Module], # BN layers by name, as `bn_layers` gives them
 ):
     """Have `layers` in training mode leave their moments in the `BNCapture` that is yielded, not in their statistics.
 
-    Raises `ValueError` for a lazy layer, one that gets one value per channel, and one whose own forward cannot be followed."""
+    Raises `ValueError` for a lazy layer, one value per channel, and a layer whose own forward cannot be followed."""
     cap = BNCapture(layers)
     with diverting(layers, lambda name: cap): yield cap
 

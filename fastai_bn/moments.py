@@ -1,9 +1,9 @@
 """Count, mean and M2 of what BatchNorm layers see: statistics that merge
 
 Everything in this package rests on one question: *which values did this BatchNorm (BN) layer see?* The answer is three
-numbers per channel, their **moments**: the count, the mean and M2, the sum of squared deviations from the mean. Moments of
-two batches merge exactly into those of both, so the statistics of 16 micro-batches, or of 10,000 samples, need no more
-memory than those of one.
+numbers per channel, their **moments**: the count, the mean and M2, the sum of squared deviations from the mean. Moments
+of two batches merge exactly into those of both, so the statistics of 16 micro-batches, or of 10,000 samples, need no
+more memory than those of one.
 
 This module knows nothing of a fastai `Learner` and works in any PyTorch loop. You rarely need it directly: use
 `AccumulateGradBN` to train and `precise_bn` after it. To see what BN layers see, go on with `capture_moments`.
