@@ -11,7 +11,7 @@ import torch.autograd.forward_ad as fwAD
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from fastai_bn import paging
+from fastai_bn import storages
 from fastai_bn.paging import ActivationPager
 
 ALL = os.environ.get('FASTAI_BN_OPS') == 'all'
@@ -33,7 +33,7 @@ class Idle(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def _everything_can_move(monkeypatch):
     "Samples are small"
-    monkeypatch.setattr(paging, '_MIN_BYTES', 1)
+    monkeypatch.setattr(storages, 'MIN_BYTES', 1)
 
 def data_base(module, name):
     "On import PyTorch's test machinery forbids the process to set flags, and loads settings of Hypothesis. Not in this process"

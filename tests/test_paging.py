@@ -13,11 +13,13 @@ from fastai.torch_core import TensorImage
 from fastai.vision.learner import create_body
 from fastai.vision.models.unet import DynamicUnet
 
-from fastai_bn import paging
-from fastai_bn.paging import *
+from fastai_bn import copies as copying, forecast, mover, paging, reads, storages
+from fastai_bn.copies import parse_budget
+from fastai_bn.forecast import moved_bytes, Order, Step
+from fastai_bn.paging import ActivationPager
 
 KB64 = 2**16
-METHODS = {k:vars(torch.Tensor).get(k) for k in paging._STAYS}  # of tensors, before any block
+METHODS = {k:vars(torch.Tensor).get(k) for k in reads._STAYS}  # of tensors, before any block
 pytestmark = [pytest.mark.filterwarnings('ignore:A budget on the CPU'), pytest.mark.filterwarnings('ignore:.*alone needs'),
               pytest.mark.filterwarnings('ignore:Sparse'), pytest.mark.filterwarnings('ignore:torch.quantize'),
               pytest.mark.filterwarnings('ignore:The PyTorch API of nested'), pytest.mark.filterwarnings('ignore:Using `torch.compile')]
@@ -81,21 +83,21 @@ def is_clean(p=None):
     "No trace of a pager"
     assert not any(isinstance(o, ActivationPager) for o in _get_current_dispatch_mode_stack())
     assert not nn_module._global_forward_pre_hooks
-    assert not [k for k in paging._STAYS if vars(torch.Tensor).get(k) is not METHODS[k]]
+    assert not [k for k in reads._STAYS if vars(torch.Tensor).get(k) is not METHODS[k]]
     if p is not None: assert not any(q._post_accumulate_grad_hooks for q in p.parameters())
 
 @pytest.fixture
 def copies(monkeypatch):
     "All copies: ('out' or 'in', address of the storage on the device)"
-    log,hosts,start,allocate = [],set(),paging._Copies.start,paging._Copies.allocate
+    log,hosts,start,allocate = [],set(),copying.Copies.start,copying.Copies.allocate
     def spy_allocate(self, n):
         hosts.add((buf := allocate(self, n))._cdata)
         return buf
     def spy_start(self, dst, src, n):
         log.append(('in', dst._cdata) if src._cdata in hosts else ('out', src._cdata))
         return start(self, dst, src, n)
-    monkeypatch.setattr(paging._Copies, 'allocate', spy_allocate)
-    monkeypatch.setattr(paging._Copies, 'start', spy_start)
+    monkeypatch.setattr(copying.Copies, 'allocate', spy_allocate)
+    monkeypatch.setattr(copying.Copies, 'start', spy_start)
     return log
 
 class Sizes(TorchDispatchMode):
@@ -191,7 +193,7 @@ def test_what_is_not_written_to_is_copied_out_once(copies):
 
 @pytest.mark.parametrize('budget', [1, 2**18])
 def test_nothing_is_copied_out_twice_in_a_network_unless_written_to(monkeypatch, budget):
-    valid,n,start = {},0,paging._Copies.start  # storages with a valid copy, by address, until they die
+    valid,n,start = {},0,copying.Copies.start  # storages with a valid copy, by address, until they die
     class Writes(TorchDispatchMode):  # entered first, so it sees an operation right before it runs, after the pager
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             for i,a in enumerate(func._schema.arguments):
@@ -199,12 +201,12 @@ def test_nothing_is_copied_out_twice_in_a_network_unless_written_to(monkeypatch,
             return func(*args, **(kwargs or {}))
     def spy(self, dst, src, k):
         nonlocal n
-        if dst.nbytes() == src.nbytes() and any(r() is src for r in list(pager._block.recs.values())):  # out
+        if dst.nbytes() == src.nbytes() and any(r() is src for r in list(pager._block.ledger.recs.values())):  # out
             n += 1
             assert src._cdata not in valid, 'copied out a second time'
             valid[src._cdata] = weakref.ref(src, lambda _,k=src._cdata: valid.pop(k, None))
         return start(self, dst, src, k)
-    monkeypatch.setattr(paging._Copies, 'start', spy)
+    monkeypatch.setattr(copying.Copies, 'start', spy)
     m,x,y = make('resnet')
     pager = ActivationPager(budget)
     for _ in range(3):
@@ -259,7 +261,7 @@ def test_extra_steps_keep_the_forecast_and_another_order_ends_it(monkeypatch):
     m,x,y = net(),torch.randn(16,3,32,32),torch.randint(0,3,(16,))
     pager = ActivationPager(2**21)
     seen,learn = [],ActivationPager._learn
-    monkeypatch.setattr(ActivationPager, '_learn', lambda self,b: seen.append((b.forecast is not None, b.exact)) or learn(self, b))
+    monkeypatch.setattr(ActivationPager, '_learn', lambda self,b: seen.append((b.forecast.before is not None, b.forecast.exact)) or learn(self, b))
     step(m, x, y, pager); step(m, x, y, pager)
     step(m, x, y, pager, zero=False)  # gradients are there: added to
     with pager:
@@ -269,8 +271,8 @@ def test_extra_steps_keep_the_forecast_and_another_order_ends_it(monkeypatch):
 
 def test_host_buffers_are_reused_and_bounded(monkeypatch):
     made = []
-    allocate = paging._Copies.allocate
-    monkeypatch.setattr(paging._Copies, 'allocate', lambda self,n: made.append(n) or allocate(self, n))
+    allocate = copying.Copies.allocate
+    monkeypatch.setattr(copying.Copies, 'allocate', lambda self,n: made.append(n) or allocate(self, n))
     m,x,y = make('resnet')
     pager = ActivationPager(2**19)
     for _ in range(3): step(m, x, y, pager)
@@ -596,7 +598,7 @@ class WithBuffer(nn.Module):
 
 def test_parameters_buffers_and_gradients_are_not_moved(monkeypatch):
     torch.manual_seed(0)
-    m,x,start,n = WithBuffer(),torch.randn(8,3,32,32),paging._Copies.start,0
+    m,x,start,n = WithBuffer(),torch.randn(8,3,32,32),copying.Copies.start,0
     assert m.body[-1].weight.numel()*4 > KB64
     def ours(): return [t.untyped_storage() for t in (*m.parameters(), *m.buffers(), *[p.grad for p in m.parameters() if p.grad is not None])]
     def spy(self, dst, src, k):
@@ -604,7 +606,7 @@ def test_parameters_buffers_and_gradients_are_not_moved(monkeypatch):
         n += 1
         assert not any(src is st for st in ours())
         return start(self, dst, src, k)
-    monkeypatch.setattr(paging._Copies, 'start', spy)
+    monkeypatch.setattr(copying.Copies, 'start', spy)
     def run(pager):
         m.zero_grad()
         res = []
@@ -741,12 +743,12 @@ def test_all_is_back_after_an_exception(where, exc, monkeypatch):
     with pytest.raises(exc), pager:
         pred = m(x)
         if where == 'copy':
-            start,n = paging._Copies.start,[0]
+            start,n = copying.Copies.start,[0]
             def fail(self, dst, src, k):
                 n[0] += 1
                 if n[0] == 3: raise exc()
                 return start(self, dst, src, k)
-            monkeypatch.setattr(paging._Copies, 'start', fail)
+            monkeypatch.setattr(copying.Copies, 'start', fail)
         pred.square().sum().backward()
     is_clean(m)
     assert torch.equal(kept[0], F.conv2d(x, m[0].weight, m[0].bias, padding=1)) and x.untyped_storage().nbytes() > 0
@@ -757,14 +759,14 @@ def test_all_is_back_after_an_exception(where, exc, monkeypatch):
 def test_an_interrupt_while_all_comes_back_loses_nothing(monkeypatch):
     xs = [big() for _ in range(4)]
     want = [x.clone() for x in xs]
-    load,n = paging._Block.load,[0]
+    load,n = storages.Ledger.load,[0]
     def interrupted(self, r):
         n[0] += 1
         if n[0] == 2: raise KeyboardInterrupt
         load(self, r)
     with pytest.raises(KeyboardInterrupt), ActivationPager(1):
         for x in xs: x.sum()
-        monkeypatch.setattr(paging._Block, 'load', interrupted)
+        monkeypatch.setattr(storages.Ledger, 'load', interrupted)
     assert same(xs, want)
     is_clean()
 
@@ -773,18 +775,18 @@ def test_a_device_that_is_full_at_the_end_is_an_error(monkeypatch):
     def full(self, r): raise RuntimeError('out of memory')
     with pytest.raises(RuntimeError, match='3 tensors of 786,432 bytes') as e, (p := ActivationPager(1)):
         for x in xs: x.sum()
-        monkeypatch.setattr(paging._Block, 'load', full)
+        monkeypatch.setattr(storages.Ledger, 'load', full)
     assert 'out of memory' in str(e.value.__cause__) and p._copies.used == 0
     is_clean()
 
 def test_a_device_that_is_full_for_a_moment_loses_nothing(monkeypatch):
     xs = [big() for _ in range(4)]
     want = [x.clone() for x in xs]
-    load,full = paging._Block.load,[True]
+    load,full = storages.Ledger.load,[True]
     def maybe(self, r):
         if full[0]: full[0] = False; raise RuntimeError('out of memory')
         load(self, r)
-    monkeypatch.setattr(paging._Block, 'load', maybe)
+    monkeypatch.setattr(storages.Ledger, 'load', maybe)
     with pytest.raises(RuntimeError, match='out of memory'), ActivationPager(1):
         for x in xs: x.sum()
         xs[0].sum()
@@ -793,18 +795,18 @@ def test_a_device_that_is_full_for_a_moment_loses_nothing(monkeypatch):
 def test_host_memory_that_runs_out_is_a_clear_error(monkeypatch):
     m,x,y = make('resnet')
     pager = ActivationPager(2**18)
-    n,allocate = [0],paging._Copies.allocate
+    n,allocate = [0],copying.Copies.allocate
     def fail(self, k):
         n[0] += 1
         if n[0] > 10: raise RuntimeError("can't allocate memory")
         return allocate(self, k)
-    monkeypatch.setattr(paging._Copies, 'allocate', fail)
+    monkeypatch.setattr(copying.Copies, 'allocate', fail)
     x0 = x.clone()
     with pytest.raises(MemoryError, match='no host memory for .* bytes more.*raise the budget') as e: step(m, x, y, pager)
     assert "can't allocate" in str(e.value.__cause__)
     is_clean(m)
     assert torch.equal(x, x0)
-    monkeypatch.setattr(paging._Copies, 'allocate', allocate)
+    monkeypatch.setattr(copying.Copies, 'allocate', allocate)
     m2,_,_ = make('resnet')
     m,_,_ = make('resnet')
     assert same(step(m, x, y, pager), step(m2, x, y))
@@ -884,7 +886,7 @@ def test_a_look_keeps_the_budget():
     with (p := ActivationPager(3*2**18)):
         for x in xs: x.sum()
         for x in xs: str(x)
-        assert p._block.resident <= 3*2**18
+        assert p._block.ledger.resident <= 3*2**18
 
 def test_reads_in_hooks_of_backward_and_from_other_threads():
     said = []
@@ -917,7 +919,7 @@ def test_tensors_of_another_thread_are_its_own():
     with (p := ActivationPager(1)):
         x = big()+1
         go.set(); back.wait()
-        n = len(p._block.recs)
+        n = len(p._block.ledger.recs)
         for _ in range(3): x = x+1; big()
         end.set(); thread.join()
     assert got == [True] and n <= 5
@@ -951,7 +953,7 @@ def test_two_pagers_in_two_threads_and_who_patches_in_between(monkeypatch):
         theirs = lambda t, **kw: 'theirs'
         monkeypatch.setattr(torch.Tensor, '__repr__', theirs)
     leave[1].set(); ts[1].join()
-    assert vars(torch.Tensor)['__repr__'] is theirs and not paging._reads.ours
+    assert vars(torch.Tensor)['__repr__'] is theirs and not reads.reads.ours
     monkeypatch.undo()
     torch.Tensor.__repr__ = METHODS['__repr__']
     is_clean()
@@ -983,7 +985,7 @@ def test_zero_tensors_have_no_memory():
         assert p.peak < 10**6
 
 def test_lists_of_lengths_are_read_before_any_operation(monkeypatch):
-    monkeypatch.setattr(paging, '_MIN_BYTES', 1)  # else it takes 8,192 steps
+    monkeypatch.setattr(storages, 'MIN_BYTES', 1)  # else it takes 8,192 steps
     n = 20
     at = torch.arange(1, n+1)
     rnn,x = nn.LSTM(2, 3),nn.utils.rnn.pack_padded_sequence(torch.randn(n,2,2), torch.tensor([n,n-5]))
@@ -1054,7 +1056,7 @@ def test_pinned_tensors_can_be_read_behind_its_back():
 
 def test_pin_in_every_window_keeps_the_forecast(monkeypatch):
     seen,learn = [],ActivationPager._learn
-    monkeypatch.setattr(ActivationPager, '_learn', lambda self,b: seen.append(b.exact) or learn(self, b))
+    monkeypatch.setattr(ActivationPager, '_learn', lambda self,b: seen.append(b.forecast.exact) or learn(self, b))
     m,x,y = make('resnet')
     ref,pager = step(m, x, y),ActivationPager(2**19)
     for _ in range(3):
@@ -1129,21 +1131,21 @@ def test_budgets(budget, want): assert parse_budget(budget) == want and Activati
 
 @pytest.mark.parametrize('budget', [0, -1, True, False, 1., 0., 1.5, -.5, math.nan, math.inf, '', 'GiB', '6', '6G', '-6GiB', '0MB', '.1b', '6 GiB free', '1ib', [1], torch.tensor(3)])
 def test_bad_budgets(budget):
-    with pytest.raises(ValueError, match=r"budget=.*give bytes.*'6GiB'"): ActivationPager(budget)
+    with pytest.raises(ValueError, match=r"`budget` must be bytes.*'6GiB'.*got budget="): ActivationPager(budget)
 
 def test_a_share_is_taken_of_what_is_free_when_the_first_block_meets_its_device(monkeypatch):
-    monkeypatch.setattr(paging, '_free_bytes', lambda d: {'cpu': 2**22}[d.type])
+    monkeypatch.setattr(copying, 'free_bytes', lambda d: {'cpu': 2**22}[d.type])
     p = ActivationPager(.5)
     cpu = torch.device('cpu')
     with p: pass
-    assert not p._limits
-    with p: big().sum(); assert p._block.limit == 2**21
-    monkeypatch.setattr(paging, '_free_bytes', lambda d: 1)
-    with p: big().sum(); assert p._block.limit == 2**21
-    assert p.budget == .5 and p._limits == {cpu: 2**21}
+    assert not p._budget.limits
+    with p: big().sum(); assert p._block.ledger.limit == 2**21
+    monkeypatch.setattr(copying, 'free_bytes', lambda d: 1)
+    with p: big().sum(); assert p._block.ledger.limit == 2**21
+    assert p.budget == .5 and p._budget.limits == {cpu: 2**21}
 
 def test_free_memory_of_the_cpu_is_sensible():
-    free = paging._free_bytes(torch.device('cpu'))
+    free = copying.free_bytes(torch.device('cpu'))
     assert 2**24 < free < 2**50
 
 def test_pickles_and_copies_as_its_budget():
@@ -1187,11 +1189,11 @@ def test_copies_on_a_side_stream_are_waited_for(monkeypatch):
         assert non_blocking
         fake.queue.append(copy_now)
     monkeypatch.setattr(torch.UntypedStorage, 'copy_', put_off)
-    monkeypatch.setattr(paging, 'cuda', fake)
-    monkeypatch.setattr(paging, '_side_stream', lambda device: fake)
-    monkeypatch.setattr(paging._Copies, 'allocate', lambda self,n: torch.empty(n, dtype=torch.uint8).untyped_storage())
-    look = paging._Block.look_ahead
-    monkeypatch.setattr(paging._Block, 'look_ahead', lambda self: (look(self), under_way.append(fake.under_way()))[0])
+    monkeypatch.setattr(copying, 'cuda', fake)
+    monkeypatch.setattr(copying, 'side_stream', lambda device: fake)
+    monkeypatch.setattr(copying.Copies, 'allocate', lambda self,n: torch.empty(n, dtype=torch.uint8).untyped_storage())
+    look = mover.Mover.look_ahead
+    monkeypatch.setattr(mover.Mover, 'look_ahead', lambda self, op: (look(self, op), under_way.append(fake.under_way()))[0])
     for budget in (2**19, 2**20, 2**21):
         (m,x,y),(m2,x2,y2) = make('resnet'),make('resnet')
         pager = ActivationPager(budget)
