@@ -17,20 +17,25 @@ Modules:
 
 - `fastai_bn.accumulate`: `AccumulateGradBN`: one optimizer step for several micro-batches, with BatchNorm over as many samples as you say
 - `fastai_bn.all`: `from fastai_bn.all import *`
-- `fastai_bn.batches`: The one place that knows what a sample is: batches cut, joined and counted
+- `fastai_bn.batches`: A DataLoader's micro-batches, joined and cut to the batches that BatchNorm is to see
 - `fastai_bn.capture`: What BatchNorm layers see, from the native kernels, at no cost; and updates of running statistics that wait
 - `fastai_bn.copies`: Memory budgets, host buffers, and the stream on which copies run beside the computation
 - `fastai_bn.demo`: `python -m fastai_bn.demo`: the main job end to end, in minutes on two cores
+- `fastai_bn.diversion`: For a while a BN layer's update goes to somebody else, and its own running statistics stay
+- `fastai_bn.epochs`: How a DataLoader's epoch becomes windows, and how fastai's training loop runs inside them
 - `fastai_bn.forecast`: What a block of operations did, in order, is what the next one will do: who is needed last leaves first
 - `fastai_bn.groupnorm`: `bn_to_gn`: GroupNorm in place of BatchNorm, in any model; `weight_standardize` to go with it
 - `fastai_bn.hpa`: The Kaggle layout of 4-channel fluorescence images with 28 labels: a loader, and a generator for when you have no data at hand
+- `fastai_bn.layers`: Its running statistics, its own `forward`, and the errors that name it
 - `fastai_bn.lockstep`: `MicroBatched`: one large batch computed in micro-batches that meet at every BatchNorm layer
 - `fastai_bn.moments`: Count, mean and M2 of what BatchNorm layers see: statistics that merge
 - `fastai_bn.mover`: What an operation needs on the device, who leaves for it, and who returns ahead of time
 - `fastai_bn.normalize`: `image_normalize`: every image, or every channel of it, by its own statistics; `ImageNormalize`: the same as a batch transform, invertible
 - `fastai_bn.paging`: `ActivationPager`: forward and backward of any model within a fixed amount of device memory, bit for bit the same
 - `fastai_bn.precise`: `precise_bn`: the population statistics of the final weights, instead of a moving average over a changing model
+- `fastai_bn.processes`: Which processes train together, over which of them BN normalises, and what they add up
 - `fastai_bn.reads`: `print(t)` is no operation: what reads a tensor's memory directly brings the tensor back first
+- `fastai_bn.samples`: The one place that knows what a sample is: batches are counted, cut and joined
 - `fastai_bn.storages`: Who is on the device, and how many bytes that is
 - `fastai_bn.undo`: Stand in for somebody's method, and put it back whatever happens
 - `fastai_bn.unet`: `gn_unet_learner`: fastai's `unet_learner` with GroupNorm everywhere, in the decoder alone, or with no norm outside the encoder

@@ -48,8 +48,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _python_dispatch
 
 from .batches import CannotJoin, cut, is_count, join_part, n_samples
-from .capture import (ReplaceBatchNorm, buffers_of, count_batch, diverted, first_tensor, kept, one_value, sync_group, undiverted, updates_stats,
-                               without_sync)
+from .capture import count_batch
+from .diversion import diverted, kept, undiverted
+from .layers import ReplaceBatchNorm, buffers_of, first_tensor, one_value, updates_stats
+from .processes import sync_group, without_sync
 from .moments import Moments, bn_layers
 from .undo import insist
 

@@ -66,10 +66,10 @@ def _merge(a:Moments, b:Moments) -> Moments:
 
 def _as_like(x:float|Tensor, t:Tensor) -> Tensor: return torch.as_tensor(x, dtype=t.dtype, device=t.device)
 
-# %% ../nbs/00_moments.ipynb #e930b4d9
+# %% ../nbs/00_moments.ipynb #95da3d11
 def bn_layers(
     model:nn.Module, # Any module
-) -> dict[str,nn.Module]: # The layers by their name in the model, in the order of `model.modules()`; a shared layer once
+) -> dict[str,nn.Module]: # The layers by name, in the order of `model.modules()`; a shared layer once
     "The BN layers of `model`: all instances of `_BatchNorm`, so `BatchNorm1d/2d/3d`, `SyncBatchNorm` and subclasses"
     return {n:m for n,m in model.named_modules() if isinstance(m, _BatchNorm)}
 

@@ -39,7 +39,10 @@ from fastai.torch_core import get_random_states, set_random_states
 
 from .accumulate import AccumulateGradBN
 from .batches import CannotJoin, batch_size, is_count, join, n_inputs, rebatch, size_of
-from .capture import BNCapture, diverting, refuse_lazy, sync_group, without_sync
+from .capture import BNCapture
+from .diversion import diverting
+from .layers import refuse_lazy
+from .processes import sync_group, without_sync
 from .lockstep import MicroBatched
 from .moments import BNMoments, Moments, bn_layers, split_channels
 from .paging import ActivationPager

@@ -1,8 +1,9 @@
 """Stand in for somebody's method, and put it back whatever happens
 
-Some of what this package does, fastai and PyTorch have no place for: a backward pass that runs inside a block, a
-BatchNorm layer that updates other buffers than its own. So for a while something of ours **stands in** for a method of an
-object, and runs the method in its own way. This is the one mechanism that touches somebody's objects, and it keeps three promises:
+fastai and PyTorch have no place for some of what this package does: a backward pass that runs inside a block, a
+BatchNorm layer that updates other buffers than its own. So for a while something of ours **stands in** for a method of
+an object, and runs the method in its own way. This is the one mechanism that touches somebody's objects. It keeps three
+promises:
 
 - whatever is raised, an interrupt included, the object is as it was;
 - a copy of the object (`deepcopy`), and a pickle of it, has the method itself and nothing of ours;
