@@ -5,7 +5,8 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from fastai.vision.all import (Callback, CancelBatchException, CrossEntropyLossFlat, DynamicUnet, GradientAccumulation, MixUp, create_body, load_learner, resnet18, set_seed)
+from fastai.vision.all import (Callback, CancelBatchException, CrossEntropyLossFlat, DynamicUnet, GradientAccumulation,
+                               MixUp, create_body, load_learner, resnet18, set_seed)
 
 from fastai_bn.accumulate import *
 from fastai_bn.paging import ActivationPager
@@ -18,13 +19,16 @@ pytestmark = pytest.mark.filterwarnings('ignore:A budget on the CPU', 'ignore:.*
 def wide(p=.3):
     "As `head_net`, with storages that are large enough to be moved"
     torch.manual_seed(1)
-    return nn.Sequential(nn.Conv2d(3,16,3,padding=1,bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout2d(p), nn.Conv2d(16,16,3,padding=1), nn.BatchNorm2d(16, momentum=None),
-                         nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(16), nn.Dropout(p), nn.Linear(16,5))
+    return nn.Sequential(
+        nn.Conv2d(3,16,3,padding=1,bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout2d(p),
+        nn.Conv2d(16,16,3,padding=1), nn.BatchNorm2d(16, momentum=None), nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(16), nn.Dropout(p), nn.Linear(16,5))
 
 def wide_dls(n, bs, drop_last=False):
     from fastai.vision.all import DataLoaders
     xs,ys = tilted(n, size=(16,16)).float(),labels(n)
-    return DataLoaders(get_dls(xs, ys, bs, shuffle=True, drop_last=drop_last).train, get_dls(xs[:10], ys[:10], 5).train, device='cpu')
+    train = get_dls(xs, ys, bs, shuffle=True, drop_last=drop_last).train
+    return DataLoaders(train, get_dls(xs[:10], ys[:10], 5).train, device='cpu')
 
 @pytest.fixture(scope='module')
 def peak():
@@ -84,23 +88,31 @@ def test_callbacks_may_read_without_dispatch():
         def after_loss(self):
             if not self.training: return
             for _ in range(3): torch.randn(200,200).mul(2).add(1)  # others use memory meanwhile
-            self.seen = [self.x.numpy().copy(), self.y.numpy().copy(), self.pred.detach().numpy().copy(), self.loss.detach().numpy().copy()]
+            self.seen = [t.detach().numpy().copy() for t in (self.x,self.y,self.pred,self.loss)]
         def after_batch(self):
             if self.training:
-                for a,t in zip(self.seen, (self.x,self.y,self.pred,self.loss)): assert (torch.as_tensor(a) == t.detach()).all() and t.isfinite().all()
+                for a,t in zip(self.seen, (self.x,self.y,self.pred,self.loss)):
+                    assert (torch.as_tensor(a) == t.detach()).all() and t.isfinite().all()
                 self.n = getattr(self, 'n', 0)+1
     class Big(nn.Module):
-        def __init__(self): super().__init__(); torch.manual_seed(0); self.c,self.b = nn.Conv2d(3,16,3,padding=1),nn.BatchNorm2d(16)
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.c,self.b = nn.Conv2d(3,16,3,padding=1),nn.BatchNorm2d(16)
         def forward(self, x): return self.b(self.c(x)).relu()
     xs = tilted(32, size=(16,16)).float()
-    learn = get_learner(get_dls(xs, xs.repeat(1,6,1,1)[:,:16], 2), Big(), [AccumulateGradBN(8, bn_bs='window', budget=1), Read()], loss_func=nn.MSELoss())
+    dls,cbs = get_dls(xs, xs.repeat(1,6,1,1)[:,:16], 2),[AccumulateGradBN(8, bn_bs='window', budget=1), Read()]
+    learn = get_learner(dls, Big(), cbs, loss_func=nn.MSELoss())
     do_fit(learn)
     assert learn.read.n == 2
 
-@pytest.mark.parametrize('where', ['before_batch','after_pred','after_loss','before_backward','after_backward','before_step','after_batch'])
+EVENTS = ['before_batch','after_pred','after_loss','before_backward','after_backward','before_step','after_batch']
+
+@pytest.mark.parametrize('where', EVENTS)
 def test_exceptions_leave_no_mode_behind(where):
     xs,ys = tilted(32, size=(16,16)).float(),labels(32)
-    learn = get_learner(get_dls(xs, ys, 2), wide(), [AccumulateGradBN(8, bn_bs='window', budget=1), RaiseAt(where, 1, Boom('x'), 20)])
+    cbs = [AccumulateGradBN(8, bn_bs='window', budget=1), RaiseAt(where, 1, Boom('x'), 20)]
+    learn = get_learner(get_dls(xs, ys, 2), wide(), cbs)
     with pytest.raises(Boom): do_fit(learn)
     assert not _get_current_dispatch_mode_stack()
     assert_pristine(learn)
@@ -111,7 +123,8 @@ def test_exceptions_leave_no_mode_behind(where):
 @pytest.mark.parametrize('where', ['after_pred','after_loss','before_backward'])
 def test_cancelled_batches_leave_no_mode_behind(where):
     xs,ys = tilted(32, size=(16,16)).float(),labels(32)
-    learn = get_learner(get_dls(xs, ys, 2), wide(p=0), [AccumulateGradBN(8, bn_bs='window', budget=1), RaiseAt(where, 0, CancelBatchException(), 20)])
+    cbs = [AccumulateGradBN(8, bn_bs='window', budget=1), RaiseAt(where, 0, CancelBatchException(), 20)]
+    learn = get_learner(get_dls(xs, ys, 2), wide(p=0), cbs)
     modes = []
     class See(Callback):
         def after_batch(self): modes.append(_get_current_dispatch_mode_stack())

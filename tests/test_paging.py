@@ -1,8 +1,20 @@
-import contextlib, copy, ctypes, gc, io, math, pickle, re, threading, warnings, weakref
+import contextlib
+import copy
+import ctypes
+import gc
+import io
+import math
+import pickle
+import re
+import threading
+import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 
-import numpy as np, pytest, torch
+import numpy as np
+import pytest
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as nn_module
@@ -20,9 +32,9 @@ from fastai_bn.paging import ActivationPager
 
 KB64 = 2**16
 METHODS = {k:vars(torch.Tensor).get(k) for k in reads._STAYS}  # of tensors, before any block
-pytestmark = [pytest.mark.filterwarnings('ignore:A budget on the CPU'), pytest.mark.filterwarnings('ignore:.*alone needs'),
-              pytest.mark.filterwarnings('ignore:Sparse'), pytest.mark.filterwarnings('ignore:torch.quantize'),
-              pytest.mark.filterwarnings('ignore:The PyTorch API of nested'), pytest.mark.filterwarnings('ignore:Using `torch.compile')]
+IGNORED = ('A budget on the CPU', '.*alone needs', 'Sparse', 'torch.quantize', 'The PyTorch API of nested',
+           'Using `torch.compile')
+pytestmark = [pytest.mark.filterwarnings(f'ignore:{o}') for o in IGNORED]
 
 
 # Models and reference
@@ -35,7 +47,9 @@ class Block(nn.Module):
         self.skip = nn.Sequential(nn.Conv2d(ni,nf,1,stride,bias=False), nn.BatchNorm2d(nf))
     def forward(self, x): return F.relu(self.conv(x) + self.skip(x), inplace=True)
 
-def resnet(): return nn.Sequential(Block(3,16,1), Block(16,32,2), nn.Dropout(.3), Block(32,32,1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32,4))
+def resnet():
+    blocks = Block(3,16,1), Block(16,32,2), nn.Dropout(.3), Block(32,32,1)
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32,4))
 
 def unet():
     from torchvision.models import resnet18
@@ -54,14 +68,16 @@ def step(m, x, y, pager=None, zero=True, seed=3):
         pred = m(x)
         loss = F.cross_entropy(pred, y)
         loss.backward()
-    return [loss.detach().clone(), pred.detach().clone()] + [p.grad.clone() for p in m.parameters()] + [b.clone() for b in m.buffers()]
+    outputs = [loss.detach().clone(), pred.detach().clone()]
+    return outputs + [p.grad.clone() for p in m.parameters()] + [b.clone() for b in m.buffers()]
 
 def same(a, b): return len(a)==len(b) and all(torch.equal(p, q) for p,q in zip(a, b))
 
 def net(nf=16):
     "Activations of 1 MiB, no dropout"
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3,nf,3,padding=1), nn.ReLU(), nn.Conv2d(nf,nf,3,padding=1), nn.Tanh(), nn.Conv2d(nf,nf,3,padding=1), nn.Flatten(), nn.Linear(nf*32*32,3))
+    convs = [nn.Conv2d(ni,nf,3,padding=1) for ni in (3,nf,nf)]
+    return nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.Tanh(), convs[2], nn.Flatten(), nn.Linear(nf*32*32,3))
 
 def big(*size): return torch.randn(*(size or (256,256)))  # 256 KiB
 
@@ -102,10 +118,14 @@ def copies(monkeypatch):
 
 class Sizes(TorchDispatchMode):
     "The largest operation's storages, counted from outside"
-    def __init__(self, without=()): super().__init__(); self.largest,self.without = 0,{t.untyped_storage()._cdata for t in without}
+    def __init__(self, without=()):
+        super().__init__()
+        self.largest,self.without = 0,{t.untyped_storage()._cdata for t in without}
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        sts = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tree_iter((args, kwargs, out)) if isinstance(t, torch.Tensor)}
+        storages = [t.untyped_storage() for t in tree_iter((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        sts = {st._cdata:st.nbytes() for st in storages}
         self.largest = max(self.largest, sum(n for k,n in sts.items() if k not in self.without))
         return out
 
@@ -129,7 +149,8 @@ def test_any_budget_gives_equal_results_in_every_window(name):
         pager = ActivationPager(budget)
         assert all(map(same, windows(pager), ref)), budget
         assert pager.moved > 0 and pager.host_peak > 0
-        small = pager.need - sizes.largest  # storages too small to be moved, of which a budget of 1 byte has no room for a single one
+        # Storages too small to be moved; a budget of 1 byte has no room for a single one
+        small = pager.need - sizes.largest
         assert pager.peak <= max(budget, small) + sizes.largest, budget
         pager.peak = 0
         windows(pager)
@@ -163,7 +184,8 @@ def test_a_window_of_another_order_or_size_is_right():
         m.load_state_dict(state)
         res = [step(m, x, y, pager), step(m, x[:5], y[:5], pager), step(m, x.flip(3), y, pager)]
         m.eval(); res.append(step(m, x, y, pager)); m.train()
-        res += [step(m[:1], x, torch.randint(0,16,(8,32,32)), pager), step(m, x, y, pager, zero=False), step(m, x, y, pager)]
+        res.append(step(m[:1], x, torch.randint(0,16,(8,32,32)), pager))
+        res += [step(m, x, y, pager, zero=zero) for zero in (False,True)]
         return res
     ref = windows(None)
     for budget in (2**20, 1): assert all(map(same, windows(ActivationPager(budget)), ref))
@@ -197,7 +219,8 @@ def test_nothing_is_copied_out_twice_in_a_network_unless_written_to(monkeypatch,
     class Writes(TorchDispatchMode):  # entered first, so it sees an operation right before it runs, after the pager
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             for i,a in enumerate(func._schema.arguments):
-                if a.alias_info is not None and a.alias_info.is_write and i < len(args): valid.pop(args[i].untyped_storage()._cdata, None)
+                if a.alias_info is not None and a.alias_info.is_write and i < len(args):
+                    valid.pop(args[i].untyped_storage()._cdata, None)
             return func(*args, **(kwargs or {}))
     def spy(self, dst, src, k):
         nonlocal n
@@ -238,12 +261,14 @@ def test_the_first_window_moves_what_lru_moves_and_the_second_what_belady_moves(
         for _ in range(3): step(m, x, y, pager); moved.append(pager.moved)
         first,second,third = [b-a for a,b in zip(moved, moved[1:])]
         assert second == third == moved_bytes(pager.order, budget)
-        assert budget < free.peak//2 or first <= moved_bytes(pager.order, budget, 'lru')  # which makes room for what an operation makes
+        # LRU, replayed, makes room for what an operation makes
+        assert budget < free.peak//2 or first <= moved_bytes(pager.order, budget, 'lru')
 
 def test_belady_moves_less_than_lru_where_lru_is_wrong():
     loop = [Step(None, (l,), (), (), 10*min(i+1, 3)) for i,l in enumerate([0,1,2,0,1,2,0])]
     order = Order(loop, [10]*3)
-    # LRU: each use but the first three brings one back (4), the first time each one leaves it is copied (3), and one is away at the end
+    # LRU: each use but the first three brings one back (4), the first time each one leaves it is copied (3), and one is
+    # away at the end
     assert moved_bytes(order, 20, 'lru') == 80 and moved_bytes(order, 20) == 60 and moved_bytes(order, 30) == 0
 
 def test_belady_beats_lru_in_the_pager():
@@ -261,7 +286,10 @@ def test_extra_steps_keep_the_forecast_and_another_order_ends_it(monkeypatch):
     m,x,y = net(),torch.randn(16,3,32,32),torch.randint(0,3,(16,))
     pager = ActivationPager(2**21)
     seen,learn = [],ActivationPager._learn
-    monkeypatch.setattr(ActivationPager, '_learn', lambda self,b: seen.append((b.forecast.before is not None, b.forecast.exact)) or learn(self, b))
+    def spy(self, block):
+        seen.append((block.forecast.before is not None, block.forecast.exact))
+        learn(self, block)
+    monkeypatch.setattr(ActivationPager, '_learn', spy)
     step(m, x, y, pager); step(m, x, y, pager)
     step(m, x, y, pager, zero=False)  # gradients are there: added to
     with pager:
@@ -292,7 +320,8 @@ def test_views_and_aliases():
     def f(x):
         v = x.view(128,512).t()[3:70]
         a = x.detach().exp()
-        return (v*2).sum() + x[:,::2].sin().sum() + (x.expand(2,256,256)*a).sum() + torch.as_strided(x, (100,100), (256,1), 3).sum()
+        strided = torch.as_strided(x, (100,100), (256,1), 3)
+        return (v*2).sum() + x[:,::2].sin().sum() + (x.expand(2,256,256)*a).sum() + strided.sum()
     check(f, big())
 
 def test_in_place_operations():
@@ -509,7 +538,8 @@ def test_wrapper_subclasses_are_taken_apart():
         big().sum()
     assert torch.equal(u.a, ref[0]) and torch.equal(u.b, ref[1])
 
-newer_torch = pytest.mark.skipif(not hasattr(TorchDispatchMode, 'supports_higher_order_operators'), reason='PyTorch 2.8 has no higher-order operators within a dispatch mode')
+newer_torch = pytest.mark.skipif(not hasattr(TorchDispatchMode, 'supports_higher_order_operators'),
+                                 reason='PyTorch 2.8 has no higher-order operators within a dispatch mode')
 
 @newer_torch
 def test_higher_order_operators():
@@ -553,8 +583,10 @@ def test_custom_operators():
 def test_memory_of_others_is_left_alone_and_counted(tmp_path):
     arr = np.random.randn(256,256).astype('f4')
     mm = np.memmap(tmp_path/'m', mode='w+', shape=(256,256), dtype='f4'); mm[:] = arr
-    ts = dict(numpy=torch.from_numpy(arr), mmap=torch.from_numpy(mm), shared=big().share_memory_(), buffer=torch.frombuffer(bytearray(arr.tobytes()), dtype=torch.float32),
-              file=torch.from_file(str(tmp_path/'f'), shared=True, size=KB64), dlpack=torch.from_dlpack(torch.from_numpy(arr.copy())))
+    ts = dict(numpy=torch.from_numpy(arr), mmap=torch.from_numpy(mm), shared=big().share_memory_(),
+              buffer=torch.frombuffer(bytearray(arr.tobytes()), dtype=torch.float32),
+              file=torch.from_file(str(tmp_path/'f'), shared=True, size=KB64),
+              dlpack=torch.from_dlpack(torch.from_numpy(arr.copy())))
     for name,t in ts.items():
         with (p := ActivationPager(1)):
             t.sum()
@@ -600,7 +632,9 @@ def test_parameters_buffers_and_gradients_are_not_moved(monkeypatch):
     torch.manual_seed(0)
     m,x,start,n = WithBuffer(),torch.randn(8,3,32,32),copying.Copies.start,0
     assert m.body[-1].weight.numel()*4 > KB64
-    def ours(): return [t.untyped_storage() for t in (*m.parameters(), *m.buffers(), *[p.grad for p in m.parameters() if p.grad is not None])]
+    def ours():
+        grads = [p.grad for p in m.parameters() if p.grad is not None]
+        return [t.untyped_storage() for t in (*m.parameters(), *m.buffers(), *grads)]
     def spy(self, dst, src, k):
         nonlocal n
         n += 1
@@ -802,7 +836,8 @@ def test_host_memory_that_runs_out_is_a_clear_error(monkeypatch):
         return allocate(self, k)
     monkeypatch.setattr(copying.Copies, 'allocate', fail)
     x0 = x.clone()
-    with pytest.raises(MemoryError, match='no host memory for .* bytes more.*raise the budget') as e: step(m, x, y, pager)
+    with pytest.raises(MemoryError, match='no host memory for .* bytes more.*raise the budget') as e:
+        step(m, x, y, pager)
     assert "can't allocate" in str(e.value.__cause__)
     is_clean(m)
     assert torch.equal(x, x0)
@@ -828,31 +863,53 @@ def test_other_modes_inside_and_outside():
     from torch.utils.flop_counter import FlopCounterMode
     m,x,y = make('resnet')
     with FlopCounterMode(display=False) as plain: F.cross_entropy(m(x), y).backward()
-    with FlopCounterMode(display=False) as outer, ActivationPager(1), FlopCounterMode(display=False) as inner: F.cross_entropy(m(x), y).backward()
+    with FlopCounterMode(display=False) as outer, ActivationPager(1), FlopCounterMode(display=False) as inner:
+        F.cross_entropy(m(x), y).backward()
     assert plain.get_total_flops() == outer.get_total_flops() == inner.get_total_flops() > 0
     class Copies(TorchDispatchMode):
         n = 0
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None): self.n += func is torch.ops.aten.copy_.default; return func(*args, **(kwargs or {}))
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.n += func is torch.ops.aten.copy_.default
+            return func(*args, **(kwargs or {}))
     with Copies() as c, ActivationPager(1): a = big(); b = a.sum(); big().sum(); a.sum()
     assert c.n == 0
 
 
 # Reads that are no operation, and what PyTorch does otherwise within a mode
 
-READS = {'str':str, 'repr':repr, 'format':lambda t: f'{t}', 'of a list':lambda t: str([t, (t,)]), 'parameter':lambda t: str(nn.Parameter(t)), 'subclass':lambda t: str(t.as_subclass(TensorImage)),
-         'tolist':lambda t: t.tolist(), 'deepcopy':lambda t: copy.deepcopy(t), 'pickle':lambda t: pickle.loads(pickle.dumps(t)), 'pickled subclass':lambda t: pickle.loads(pickle.dumps(t.as_subclass(TensorImage))),
-         'numpy':lambda t: t.numpy().copy(), 'asarray':lambda t: np.asarray(t).copy(), 'dlpack':lambda t: np.from_dlpack(t).copy(), 'storage':lambda t: [t.storage()[i] for i in (0, 301, 89_999)],
-         'share_memory_':lambda t: t.share_memory_().clone(), 'queue':lambda t: pickle.loads(ForkingPickler.dumps(t)).clone(), 'data_ptr':lambda t: ctypes.string_at(t.data_ptr(), t.element_size()*8)}
+READS = {
+    'str': str,
+    'repr': repr,
+    'format': lambda t: f'{t}',
+    'of a list': lambda t: str([t, (t,)]),
+    'parameter': lambda t: str(nn.Parameter(t)),
+    'subclass': lambda t: str(t.as_subclass(TensorImage)),
+    'tolist': lambda t: t.tolist(),
+    'deepcopy': lambda t: copy.deepcopy(t),
+    'pickle': lambda t: pickle.loads(pickle.dumps(t)),
+    'pickled subclass': lambda t: pickle.loads(pickle.dumps(t.as_subclass(TensorImage))),
+    'numpy': lambda t: t.numpy().copy(),
+    'asarray': lambda t: np.asarray(t).copy(),
+    'dlpack': lambda t: np.from_dlpack(t).copy(),
+    'storage': lambda t: [t.storage()[i] for i in (0, 301, 89_999)],
+    'share_memory_': lambda t: t.share_memory_().clone(),
+    'queue': lambda t: pickle.loads(ForkingPickler.dumps(t)).clone(),
+    'data_ptr': lambda t: ctypes.string_at(t.data_ptr(), t.element_size()*8),
+}
 
 def saved(t):
     buf = io.BytesIO()
     torch.save(t, buf)
     return torch.load(io.BytesIO(buf.getvalue()))
 
-def alike(a, b): return torch.equal(a, b) if isinstance(a, torch.Tensor) else np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
+def alike(a, b):
+    if isinstance(a, torch.Tensor): return torch.equal(a, b)
+    return np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
 
 @pytest.mark.filterwarnings('ignore:TypedStorage')
-@pytest.mark.parametrize('view', [lambda t: t, lambda t: t[3,:9], lambda t: t[1,1], lambda t: t.t()], ids=['all','slice','number','transposed'])
+VIEWS = {'all':lambda t: t, 'slice':lambda t: t[3,:9], 'number':lambda t: t[1,1], 'transposed':lambda t: t.t()}
+
+@pytest.mark.parametrize('view', VIEWS.values(), ids=VIEWS)
 @pytest.mark.parametrize('read', [*READS, 'save'])
 def test_a_read_that_is_no_operation_sees_what_is_there(read, view):
     f = saved if read == 'save' else READS[read]
@@ -892,7 +949,9 @@ def test_reads_in_hooks_of_backward_and_from_other_threads():
     said = []
     def run(pager):
         m,x,y = make('resnet')
-        for o in m: o.register_full_backward_hook(lambda _,a,b: said.append(str(b[0]))); o.register_forward_hook(lambda _,a,p: said.append(repr(p)))
+        for o in m:
+            o.register_full_backward_hook(lambda _,a,b: said.append(str(b[0])))
+            o.register_forward_hook(lambda _,a,p: said.append(repr(p)))
         said.clear()
         return step(m, x, y, pager),list(said)
     (ref,want),(got,seen) = run(None),run(ActivationPager(1))
@@ -929,7 +988,9 @@ def test_an_operation_whose_threads_read_its_arguments():
     with torch.library._scoped_library('bn_tests', 'FRAGMENT') as lib:
         lib.define('sines(Tensor x) -> Tensor')
         def sines(x):
-            with ThreadPoolExecutor(2) as pool: return torch.from_numpy(np.stack(list(pool.map(lambda r: np.sin(r.numpy()), x.detach()))))
+            with ThreadPoolExecutor(2) as pool:
+                rows = list(pool.map(lambda r: np.sin(r.numpy()), x.detach()))
+                return torch.from_numpy(np.stack(rows))
         lib.impl('sines', sines, 'CPU')
         x = big()
         with ActivationPager(1):
@@ -962,7 +1023,9 @@ def test_conjugates_and_negatives_are_lazy_below_the_pager():
     x,y = torch.randn(5,5, dtype=torch.complex128),torch.randn(5,2, dtype=torch.complex128)
     def f(x, y):
         z = torch.linalg.pinv(x).abs().sum() + torch.linalg.lstsq(x, y, driver='gels').solution.abs().sum()
-        return z + torch.polar(x.abs(), x.imag.neg()).conj().imag.sum() + torch.linalg.eig(x).eigenvalues.abs().sum() + torch.fft.ifft(torch.fft.fft(x.conj())).imag.sum()
+        polar = torch.polar(x.abs(), x.imag.neg()).conj().imag.sum()
+        eig = torch.linalg.eig(x).eigenvalues.abs().sum()
+        return z + polar + eig + torch.fft.ifft(torch.fft.fft(x.conj())).imag.sum()
     assert same(grads_of(f, x, y, pager=ActivationPager(1)), grads_of(f, x, y))
 
 def test_zero_tensors_have_no_memory():
@@ -970,7 +1033,8 @@ def test_zero_tensors_have_no_memory():
     def dual():
         with torch.autograd.forward_ad.dual_level() as _:
             make = torch.autograd.forward_ad.make_dual
-            return torch.autograd.forward_ad.unpack_dual((torch.stack([make(a, torch.ones(20_000)), b]).sin()*b).sum(0)).tangent
+            pair = torch.stack([make(a, torch.ones(20_000)), b])
+            return torch.autograd.forward_ad.unpack_dual((pair.sin()*b).sum(0)).tangent
     def norms():
         x = torch.linspace(-1, 1, 20_000, requires_grad=True)
         g, = torch.autograd.grad(x.norm()+x.view(100,200).norm(dim=1).sum(), x, create_graph=True)
@@ -981,7 +1045,8 @@ def test_zero_tensors_have_no_memory():
         for budget in (1, '1GiB', None):
             with ActivationPager(budget): assert torch.equal(f(), want)
     with ActivationPager(None) as p:
-        torch._efficientzerotensor(10**9, dtype=torch.float32)+1.5*torch._efficientzerotensor(10**9, dtype=torch.float32)
+        zeros = [torch._efficientzerotensor(10**9, dtype=torch.float32) for _ in range(2)]
+        zeros[0]+1.5*zeros[1]
         assert p.peak < 10**6
 
 def test_lists_of_lengths_are_read_before_any_operation(monkeypatch):
@@ -1030,7 +1095,8 @@ def test_formulas_that_pytorch_takes_within_any_mode_are_on_the_page():
     x,mask = torch.randn(400,300),torch.rand(400,300) > .5
     x[3,4] = x[7,8] = 0  # several zeros: the gradient of `prod` has a case for them
     w,y = torch.rand(300),torch.randint(0, 300, (400,))
-    fs = dict(prod=lambda x: x.prod(0), masked_fill=lambda x: (x[:1,0]*torch.ones(400,300).masked_fill(mask, x.mean())).exp(),
+    fs = dict(prod=lambda x: x.prod(0),
+              masked_fill=lambda x: (x[:1,0]*torch.ones(400,300).masked_fill(mask, x.mean())).exp(),
               label_smoothing=lambda x: F.cross_entropy(x, y, w, label_smoothing=.1))
     page = open('nbs/13_paging.ipynb', encoding='utf-8').read()
     for k,f in fs.items():
@@ -1043,11 +1109,12 @@ def test_formulas_that_pytorch_takes_within_any_mode_are_on_the_page():
 def test_pinned_tensors_can_be_read_behind_its_back():
     x,m = big(),net()
     with (p := ActivationPager(1)):
-        y = big()+1; z = big()
+        y = big()+1
+        z = big()
         y.sum()
         p.pin(x, [dict(a=y), (3, None)])
         for _ in range(3): big().sum()
-        assert x.untyped_storage().nbytes() == y.untyped_storage().nbytes() == 2**18 and z.untyped_storage().nbytes() == 0
+        assert [t.untyped_storage().nbytes() for t in (x,y,z)] == [2**18, 2**18, 0]
         np.testing.assert_array_equal(y.numpy(), y.clone().numpy())
         peak = p.peak
     assert peak >= 3*2**18  # they count
@@ -1125,11 +1192,16 @@ def test_compiled_models_run_uncompiled_and_say_so_once(how):
     with pager: c(x).square().sum().backward()     # and not, inside again
     assert same([p.grad for p in m.parameters()], ref)
 
-@pytest.mark.parametrize('budget,want', [(1,1), (2**40,2**40), (np.int64(7),7), ('6GiB',6*2**30), ('500MB',500*10**6), ('1.5 GiB',3*2**29), ('.5kib',512),
-                                         ('10 b',10), ('2TB',2*10**12), (.5,.5), (np.float32(.25),.25), (None,None)])
+BUDGETS = [(1,1), (2**40,2**40), (np.int64(7),7), ('6GiB',6*2**30), ('500MB',500*10**6), ('1.5 GiB',3*2**29),
+           ('.5kib',512), ('10 b',10), ('2TB',2*10**12), (.5,.5), (np.float32(.25),.25), (None,None)]
+
+@pytest.mark.parametrize('budget,want', BUDGETS)
 def test_budgets(budget, want): assert parse_budget(budget) == want and ActivationPager(budget).budget == budget
 
-@pytest.mark.parametrize('budget', [0, -1, True, False, 1., 0., 1.5, -.5, math.nan, math.inf, '', 'GiB', '6', '6G', '-6GiB', '0MB', '.1b', '6 GiB free', '1ib', [1], torch.tensor(3)])
+NUMBERS = [0, -1, True, False, 1., 0., 1.5, -.5, math.nan, math.inf, [1], torch.tensor(3)]
+TEXTS = ['', 'GiB', '6', '6G', '-6GiB', '0MB', '.1b', '6 GiB free', '1ib']
+
+@pytest.mark.parametrize('budget', NUMBERS+TEXTS)
 def test_bad_budgets(budget):
     with pytest.raises(ValueError, match=r"`budget` must be bytes.*'6GiB'.*got budget="): ActivationPager(budget)
 
@@ -1169,7 +1241,7 @@ def test_a_pager_holds_no_tensors_after_its_block():
 # Streams, simulated: what a side stream is asked to do happens as late as the waits allow
 
 class FakeCuda:
-    "`torch.cuda` on a CPU: the compute stream is always ahead, the side stream does nothing until the compute stream waits for it"
+    "`torch.cuda` on a CPU: the compute stream is always ahead, the side stream does nothing until it is waited for"
     def __init__(self): self.queue,self.device = [],torch.device('cpu')
     def Stream(self, device): return self
     def current_stream(self, device): return self
@@ -1193,7 +1265,10 @@ def test_copies_on_a_side_stream_are_waited_for(monkeypatch):
     monkeypatch.setattr(copying, 'side_stream', lambda device: fake)
     monkeypatch.setattr(copying.Copies, 'allocate', lambda self,n: torch.empty(n, dtype=torch.uint8).untyped_storage())
     look = mover.Mover.look_ahead
-    monkeypatch.setattr(mover.Mover, 'look_ahead', lambda self, op: (look(self, op), under_way.append(fake.under_way()))[0])
+    def spy(self, op):
+        look(self, op)
+        under_way.append(fake.under_way())
+    monkeypatch.setattr(mover.Mover, 'look_ahead', spy)
     for budget in (2**19, 2**20, 2**21):
         (m,x,y),(m2,x2,y2) = make('resnet'),make('resnet')
         pager = ActivationPager(budget)
