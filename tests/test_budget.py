@@ -147,7 +147,9 @@ def test_export_and_save_in_mid_window(tmp_path, bn_bs):
     class MidExport(Callback):
         order = 70
         def after_batch(self):
-            if self.training and self.iter == 1: self.learn.export(tmp_path/'e.pkl'); self.learn.save(tmp_path/'s')
+            if self.training and self.iter == 1:
+                self.learn.export(tmp_path/'e.pkl')
+                self.learn.save(tmp_path/'s')
     learn = learner(wide_dls(32, 2), wide(), [AccumulateGradBN(8, bn_bs=bn_bs, budget=1), MidExport()])
     do_fit(learn)
     loaded = load_learner(tmp_path/'e.pkl')

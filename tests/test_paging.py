@@ -159,7 +159,8 @@ def test_any_budget_gives_equal_results_in_every_window(name):
 
 def test_half_the_budget_is_really_half():
     m,x,y = make('resnet')
-    free = ActivationPager(None); step(m, x, y, free)
+    free = ActivationPager(None)
+    step(m, x, y, free)
     pager = ActivationPager(free.peak//2)
     for _ in range(2): step(m, x, y, pager)
     assert pager.need < free.peak//2
@@ -183,7 +184,9 @@ def test_a_window_of_another_order_or_size_is_right():
     def windows(pager):
         m.load_state_dict(state)
         res = [step(m, x, y, pager), step(m, x[:5], y[:5], pager), step(m, x.flip(3), y, pager)]
-        m.eval(); res.append(step(m, x, y, pager)); m.train()
+        m.eval()
+        res.append(step(m, x, y, pager))
+        m.train()
         res.append(step(m[:1], x, torch.randint(0,16,(8,32,32)), pager))
         res += [step(m, x, y, pager, zero=zero) for zero in (False,True)]
         return res
@@ -192,7 +195,9 @@ def test_a_window_of_another_order_or_size_is_right():
 
 def test_dropout_draws_the_same_masks():
     x = torch.ones(256,256)
-    torch.manual_seed(1); ref = F.dropout(x, .5); after = torch.rand(3)
+    torch.manual_seed(1)
+    ref = F.dropout(x, .5)
+    after = torch.rand(3)
     torch.manual_seed(1)
     with ActivationPager(1): out = F.dropout(x, .5)
     assert torch.equal(out, ref) and torch.equal(torch.rand(3), after)
@@ -255,10 +260,13 @@ def test_moved_and_host_peak_are_the_copies(copies):
 @pytest.mark.slow
 def test_the_first_window_moves_what_lru_moves_and_the_second_what_belady_moves():
     m,x,y = make('unet')
-    free = ActivationPager(None); step(m, x, y, free)
+    free = ActivationPager(None)
+    step(m, x, y, free)
     for budget in (free.peak//2, free.peak//4, free.peak//10):
         pager,moved = ActivationPager(budget),[0]
-        for _ in range(3): step(m, x, y, pager); moved.append(pager.moved)
+        for _ in range(3):
+            step(m, x, y, pager)
+            moved.append(pager.moved)
         first,second,third = [b-a for a,b in zip(moved, moved[1:])]
         assert second == third == moved_bytes(pager.order, budget)
         # LRU, replayed, makes room for what an operation makes
@@ -290,7 +298,8 @@ def test_extra_steps_keep_the_forecast_and_another_order_ends_it(monkeypatch):
         seen.append((block.forecast.before is not None, block.forecast.exact))
         learn(self, block)
     monkeypatch.setattr(ActivationPager, '_learn', spy)
-    step(m, x, y, pager); step(m, x, y, pager)
+    step(m, x, y, pager)
+    step(m, x, y, pager)
     step(m, x, y, pager, zero=False)  # gradients are there: added to
     with pager:
         z = x
@@ -337,7 +346,8 @@ def test_in_place_operations():
 def test_errors_of_in_place_operations_stay():
     x = big().requires_grad_()
     with ActivationPager(1):
-        y = x.exp(); z = y.sin()
+        y = x.exp()
+        z = y.sin()
         v = y._version
         big().sum()
         assert y._version == v
@@ -372,10 +382,13 @@ def test_set_data_and_swaps_of_storage():
     x,y = big(),big()
     want = y.clone()
     with ActivationPager(1):
-        z = x+1; z.sum()
-        z.data = y; x.sum()
+        z = x+1
+        z.sum()
+        z.data = y
+        x.sum()
         s = z*2
-        x.set_(y); big().sum()
+        x.set_(y)
+        big().sum()
         t = x*2
     assert torch.equal(s, want*2) and torch.equal(t, want*2)
 
@@ -394,9 +407,14 @@ def test_batch_norm_statistics_written_without_saying_so():
 def test_custom_function():
     class Cube(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x): ctx.save_for_backward(x); ctx.extra = x*2; return x**3
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            ctx.extra = x*2
+            return x**3
         @staticmethod
-        def backward(ctx, g): x, = ctx.saved_tensors; return g*3*x*ctx.extra/2
+        def backward(ctx, g):
+            x, = ctx.saved_tensors
+            return g*3*x*ctx.extra/2
     check(lambda x: Cube.apply(x.sin()).cos(), big())
 
 def test_double_backward():
@@ -414,7 +432,9 @@ def test_retain_graph_and_backward_in_another_block_or_none():
     m,x = net(),torch.randn(8,3,32,32)
     def run(a, b):
         m.zero_grad()
-        with a: loss = m(x).square().sum(); loss.backward(retain_graph=True)
+        with a:
+            loss = m(x).square().sum()
+            loss.backward(retain_graph=True)
         with b: loss.backward()
         return [p.grad.clone() for p in m.parameters()]
     n = contextlib.nullcontext()
@@ -436,7 +456,8 @@ def test_activation_checkpointing(reentrant):
     m,x = net(),torch.randn(8,3,32,32, requires_grad=True)
     def f(): return checkpoint(m[2:], checkpoint(m[:2], x, use_reentrant=reentrant), use_reentrant=reentrant)
     def run(pager):
-        m.zero_grad(); x.grad = None
+        m.zero_grad()
+        x.grad = None
         with pager: f().square().sum().backward()
         return [x.grad, *[p.grad for p in m.parameters()]]
     ref,pager = run(contextlib.nullcontext()),ActivationPager(1)
@@ -456,7 +477,9 @@ def test_autocast():
     m,x,y = make('resnet')
     state = copy.deepcopy(m.state_dict())
     def run(pager):
-        m.load_state_dict(state); m.zero_grad(); torch.manual_seed(0)
+        m.load_state_dict(state)
+        m.zero_grad()
+        torch.manual_seed(0)
         with pager:
             with torch.autocast('cpu', torch.bfloat16): out = m(x)
             F.cross_entropy(out.float(), y).backward()
@@ -491,7 +514,8 @@ def test_sparse_tensors(layout):
         y = s@x
         big().sum()
         return y, (s*2).to_dense()
-    torch.manual_seed(1); ref = f()
+    torch.manual_seed(1)
+    ref = f()
     with (p := ActivationPager(1)): out = f()
     assert same(out, ref) and p.moved > 0
 
@@ -500,14 +524,19 @@ def test_sparse_tensor_made_of_a_dense_one():
     ref = torch.sparse_coo_tensor(i, v*2, (256,256)).to_dense()
     with ActivationPager(1):
         w = v*2
-        w.sum(); big().sum()
-        s = torch.sparse_coo_tensor(i, w, (256,256)); big().sum()
-        w.sum(); big().sum()
+        w.sum()
+        big().sum()
+        s = torch.sparse_coo_tensor(i, w, (256,256))
+        big().sum()
+        w.sum()
+        big().sum()
         out = s.to_dense()
     assert torch.equal(out, ref)
     s = torch.sparse_coo_tensor(i, w, (256,256))  # from outside
     with ActivationPager(1):
-        w.sum(); big().sum(); big().sum()
+        w.sum()
+        big().sum()
+        big().sum()
         assert w.untyped_storage().nbytes() == 0
         out = s.to_dense()
     assert torch.equal(out, ref)
@@ -524,7 +553,10 @@ def test_sparse_gradients():
 def test_subclasses_keep_their_type():
     x = TensorImage(big())
     y = x.exp()
-    with ActivationPager(1): z = x.exp(); w = z+1; big().sum()
+    with ActivationPager(1):
+        z = x.exp()
+        w = z+1
+        big().sum()
     assert type(z) is type(w) is type(y) is TensorImage and torch.equal(z, y)
 
 def test_wrapper_subclasses_are_taken_apart():
@@ -546,7 +578,10 @@ def test_higher_order_operators():
     x = big()
     def f(x): return torch.cond(x.sum() > 1e9, lambda x: x.sin(), lambda x: x.cos(), (x,))
     ref = f(x)
-    with ActivationPager(1): y = big(); y.sum(); out = f(x)
+    with ActivationPager(1):
+        y = big()
+        y.sum()
+        out = f(x)
     assert torch.equal(out, ref)
 
 @newer_torch
@@ -560,7 +595,9 @@ def test_a_higher_order_operator_may_read_what_its_function_holds():
     x,held = big(),big()
     ref = x*held
     with ActivationPager(1):
-        held.sum(); big().sum(); big().sum()
+        held.sum()
+        big().sum()
+        big().sum()
         assert held.untyped_storage().nbytes() == 0
         out = call(lambda x: x*held, x)
     assert torch.equal(out, ref)
@@ -572,8 +609,10 @@ def test_custom_operators():
         return xs[1]*3
     a,b,o = big(),big(),torch.zeros(256,256)
     with ActivationPager(1):
-        o.sum(); big().sum()
-        c = scale([a,b], o); big().sum()
+        o.sum()
+        big().sum()
+        c = scale([a,b], o)
+        big().sum()
         s = o+0
     assert torch.equal(o, a*2) and torch.equal(s, o) and torch.equal(c, b*3)
 
@@ -582,7 +621,8 @@ def test_custom_operators():
 
 def test_memory_of_others_is_left_alone_and_counted(tmp_path):
     arr = np.random.randn(256,256).astype('f4')
-    mm = np.memmap(tmp_path/'m', mode='w+', shape=(256,256), dtype='f4'); mm[:] = arr
+    mm = np.memmap(tmp_path/'m', mode='w+', shape=(256,256), dtype='f4')
+    mm[:] = arr
     ts = dict(numpy=torch.from_numpy(arr), mmap=torch.from_numpy(mm), shared=big().share_memory_(),
               buffer=torch.frombuffer(bytearray(arr.tobytes()), dtype=torch.float32),
               file=torch.from_file(str(tmp_path/'f'), shared=True, size=KB64),
@@ -597,10 +637,13 @@ def test_memory_of_others_is_left_alone_and_counted(tmp_path):
 def test_a_tensor_that_became_numpy_or_shared_stays():
     x,y = big(),big()
     with ActivationPager(1):
-        a = x*2; b = y*2
-        arr = a.numpy(); b.share_memory_()
+        a = x*2
+        b = y*2
+        arr = a.numpy()
+        b.share_memory_()
         before = arr.copy()
-        big().sum(); big().sum()
+        big().sum()
+        big().sum()
         np.testing.assert_array_equal(arr, before)
         assert b.untyped_storage().nbytes() == 2**18
         arr[0] = 7  # seen by the operations that follow
@@ -609,19 +652,26 @@ def test_a_tensor_that_became_numpy_or_shared_stays():
 def test_batches_of_loader_workers():
     ds = torch.utils.data.TensorDataset(torch.randn(8,3,64,64))
     for xb, in torch.utils.data.DataLoader(ds, batch_size=4, num_workers=1):
-        with ActivationPager(1): s = (xb*2).sum(); big().sum(); assert xb.untyped_storage().nbytes() > KB64
+        with ActivationPager(1):
+            s = (xb*2).sum()
+            big().sum()
+            assert xb.untyped_storage().nbytes() > KB64
         assert torch.equal(s, (xb*2).sum())
 
 def test_small_storages_stay():
     x = torch.randn(1000)
     with (p := ActivationPager(1)):
-        y = x+1; big().sum()
+        y = x+1
+        big().sum()
         assert x.untyped_storage().nbytes() == y.untyped_storage().nbytes() == 4000
     assert p.moved == 0
 
 class WithBuffer(nn.Module):
     "A module with a buffer of 256 KiB"
-    def __init__(self): super().__init__(); self.body = net(); self.register_buffer('big', big(1,16,64,64))
+    def __init__(self):
+        super().__init__()
+        self.body = net()
+        self.register_buffer('big', big(1,16,64,64))
     def forward(self, x):
         for l in self.body:
             x = l(x)
@@ -670,7 +720,8 @@ def test_gradients_that_arrive_or_are_replaced_stay():
     with ActivationPager(1):
         for i in range(3):
             (x@w).sum().backward()
-            big().sum(); big().sum()
+            big().sum()
+            big().sum()
             assert w.grad.untyped_storage().nbytes() == 2**18
             if i == 1: w.grad = None
     ref = nn.Parameter(w.detach().clone())
@@ -681,10 +732,13 @@ def test_a_parameter_whose_data_is_replaced_within_a_block_stays():
     w,new = nn.Parameter(big()),big()
     with ActivationPager(1):
         (w*2).sum()
-        (new*2).sum(); big().sum()  # an activation like any other, and away
+        # an activation like any other, and away
+        (new*2).sum()
+        big().sum()
         w.data = new
         out = w*2
-        big().sum(); big().sum()
+        big().sum()
+        big().sum()
         assert new.untyped_storage().nbytes() == 2**18
     assert torch.equal(out, new*2)
 
@@ -693,18 +747,26 @@ def test_tensors_that_share_memory_until_written_to():
     want = x.clone()
     with ActivationPager(1):
         y = torch._lazy_clone(x)
-        x.sum(); big().sum(); y.sum(); big().sum()
-        y.add_(1); big().sum()
+        x.sum()
+        big().sum()
+        y.sum()
+        big().sum()
+        y.add_(1)
+        big().sum()
         a,b = x*2,y*2
     assert torch.equal(a, want*2) and torch.equal(b, (want+1)*2) and torch.equal(x, want) and torch.equal(y, want+1)
 
 def test_lazy_modules_and_shared_parameters():
     m = nn.Sequential(nn.LazyLinear(200), nn.ReLU())
-    lin = nn.Linear(200,200); m.append(lin); m.append(nn.ReLU()); m.append(lin)
+    lin = nn.Linear(200,200)
+    m.append(lin)
+    m.append(nn.ReLU())
+    m.append(lin)
     x = torch.randn(400,100)
     with (p := ActivationPager(1)): m(x).sum().backward()
     got = [q.grad.clone() for q in m.parameters()]
-    m.zero_grad(); m(x).sum().backward()
+    m.zero_grad()
+    m(x).sum().backward()
     assert same(got, [q.grad for q in m.parameters()]) and p.moved > 0
     is_clean(m)
 
@@ -738,7 +800,10 @@ def test_collectives_are_not_pulled_away_from(tmp_path):
             return res
         assert same(run(ActivationPager(1)), run(contextlib.nullcontext()))
         with ActivationPager(1):
-            t = big(); w = dist.all_reduce(t, async_op=True); big().sum(); big().sum()
+            t = big()
+            w = dist.all_reduce(t, async_op=True)
+            big().sum()
+            big().sum()
             assert t.untyped_storage().nbytes() == 2**18
             w.wait()
     finally: dist.destroy_process_group()
@@ -755,7 +820,8 @@ def test_all_is_back_at_the_end():
         pred = m(x)
         feats = kept[0]
         F.cross_entropy(pred, y).backward()
-        big().sum(); big().sum()
+        big().sum()
+        big().sum()
         assert x.untyped_storage().nbytes() == 0 == feats.untyped_storage().nbytes()  # they were away
     with torch.no_grad(): want = m(x0)
     assert torch.equal(x, x0) and torch.equal(pred, want) and torch.equal(feats, kept[1])
@@ -818,7 +884,9 @@ def test_a_device_that_is_full_for_a_moment_loses_nothing(monkeypatch):
     want = [x.clone() for x in xs]
     load,full = storages.Ledger.load,[True]
     def maybe(self, r):
-        if full[0]: full[0] = False; raise RuntimeError('out of memory')
+        if full[0]:
+            full[0] = False
+            raise RuntimeError('out of memory')
         load(self, r)
     monkeypatch.setattr(storages.Ledger, 'load', maybe)
     with pytest.raises(RuntimeError, match='out of memory'), ActivationPager(1):
@@ -852,7 +920,9 @@ def test_nested_pagers_are_an_error():
         for p in (a, b):
             with pytest.raises(RuntimeError, match='active already'):
                 with p: pass
-        x = big(); x.sum(); big().sum()
+        x = big()
+        x.sum()
+        big().sum()
         y = x+1
     assert torch.equal(y, x+1)
     is_clean()
@@ -871,7 +941,11 @@ def test_other_modes_inside_and_outside():
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             self.n += func is torch.ops.aten.copy_.default
             return func(*args, **(kwargs or {}))
-    with Copies() as c, ActivationPager(1): a = big(); b = a.sum(); big().sum(); a.sum()
+    with Copies() as c, ActivationPager(1):
+        a = big()
+        b = a.sum()
+        big().sum()
+        a.sum()
     assert c.n == 0
 
 
@@ -906,9 +980,9 @@ def alike(a, b):
     if isinstance(a, torch.Tensor): return torch.equal(a, b)
     return np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
 
-@pytest.mark.filterwarnings('ignore:TypedStorage')
 VIEWS = {'all':lambda t: t, 'slice':lambda t: t[3,:9], 'number':lambda t: t[1,1], 'transposed':lambda t: t.t()}
 
+@pytest.mark.filterwarnings('ignore:TypedStorage')
 @pytest.mark.parametrize('view', VIEWS.values(), ids=VIEWS)
 @pytest.mark.parametrize('read', [*READS, 'save'])
 def test_a_read_that_is_no_operation_sees_what_is_there(read, view):
@@ -930,7 +1004,8 @@ def test_who_looked_has_a_copy_and_who_took_the_memory_keeps_it():
     with ActivationPager(1):
         a,b = big()+1,big()+2
         big()+1
-        str(a); a.tolist()
+        str(a)
+        a.tolist()
         taken = b.numpy()
         want = taken.copy()
         big()+1
@@ -960,7 +1035,8 @@ def test_reads_in_hooks_of_backward_and_from_other_threads():
         a = big()+1
         want = a.tolist()
         big()+1
-        (t := threading.Thread(target=lambda: said.append(a.tolist()))).start(); t.join()
+        (t := threading.Thread(target=lambda: said.append(a.tolist()))).start()
+        t.join()
         assert said[-1] == want
 
 def test_tensors_of_another_thread_are_its_own():
@@ -972,15 +1048,20 @@ def test_tensors_of_another_thread_are_its_own():
         want = t.clone()
         go.wait()
         for f in (str, copy.deepcopy, torch.Tensor.tolist, torch.Tensor.numpy): f(t)
-        back.set(); end.wait()
+        back.set()
+        end.wait()
         got.append(torch.equal(t, want))
     (thread := threading.Thread(target=other)).start()
     with (p := ActivationPager(1)):
         x = big()+1
-        go.set(); back.wait()
+        go.set()
+        back.wait()
         n = len(p._block.ledger.recs)
-        for _ in range(3): x = x+1; big()
-        end.set(); thread.join()
+        for _ in range(3):
+            x = x+1
+            big()
+        end.set()
+        thread.join()
     assert got == [True] and n <= 5
 
 def test_an_operation_whose_threads_read_its_arguments():
@@ -1003,17 +1084,22 @@ def test_two_pagers_in_two_threads_and_who_patches_in_between(monkeypatch):
     "Each of three blocks ends in another order than they began"
     entered,leave = threading.Barrier(3),[threading.Event() for _ in range(2)]
     def block(e):
-        with ActivationPager(1): entered.wait(); e.wait()
+        with ActivationPager(1):
+            entered.wait()
+            e.wait()
     ts = [threading.Thread(target=block, args=(e,)) for e in leave]
     for t in ts: t.start()
     entered.wait()
     with ActivationPager(1):
-        a = big()+1; big()+1
-        leave[0].set(); ts[0].join()
+        a = big()+1
+        big()+1
+        leave[0].set()
+        ts[0].join()
         assert len(str(a)) > 10
         theirs = lambda t, **kw: 'theirs'
         monkeypatch.setattr(torch.Tensor, '__repr__', theirs)
-    leave[1].set(); ts[1].join()
+    leave[1].set()
+    ts[1].join()
     assert vars(torch.Tensor)['__repr__'] is theirs and not reads.reads.ours
     monkeypatch.undo()
     torch.Tensor.__repr__ = METHODS['__repr__']
@@ -1061,7 +1147,8 @@ def test_lists_of_lengths_are_read_before_any_operation(monkeypatch):
     for f,data in (packed,x.data),(split,torch.randn(n+5)),(split_by_part,torch.randn(n+5)):
         want = grads_of(f, data)
         def away(data):
-            (x.batch_sizes+1, at+1, part+1); big()+1
+            (x.batch_sizes+1, at+1, part+1)
+            big()+1
             return f(data)
         assert same(grads_of(away, data, pager=ActivationPager(1)), want)
 
@@ -1119,7 +1206,10 @@ def test_pinned_tensors_can_be_read_behind_its_back():
         peak = p.peak
     assert peak >= 3*2**18  # they count
     p.pin(x)  # outside a block: nothing to do
-    with p: x.sum(); big().sum(); assert x.untyped_storage().nbytes() == 0
+    with p:
+        x.sum()
+        big().sum()
+        assert x.untyped_storage().nbytes() == 0
 
 def test_pin_in_every_window_keeps_the_forecast(monkeypatch):
     seen,learn = [],ActivationPager._learn
@@ -1131,8 +1221,10 @@ def test_pin_in_every_window_keeps_the_forecast(monkeypatch):
         torch.manual_seed(3)
         with pager:
             pager.pin(x, y)
-            pred = m(x); pager.pin(pred)
-            loss = F.cross_entropy(pred, y); pager.pin(loss)
+            pred = m(x)
+            pager.pin(pred)
+            loss = F.cross_entropy(pred, y)
+            pager.pin(loss)
             loss.backward()
         assert same([loss, pred] + [p.grad for p in m.parameters()] + list(m.buffers()), ref)
     assert seen == [False, True, True]
@@ -1186,7 +1278,9 @@ def test_compiled_models_run_uncompiled_and_say_so_once(how):
             with pager: c(x).square().sum().backward()
         assert same([p.grad for p in m.parameters()], ref)
         assert [str(o.message) for o in w if 'compiled' in str(o.message)].__len__() == (i == 0)
-    m.zero_grad(); c(x).square().sum().backward()  # compiled, outside
+    # compiled, outside
+    m.zero_grad()
+    c(x).square().sum().backward()
     assert all(torch.allclose(p.grad, r, rtol=1e-3, atol=1e-3) for p,r in zip(m.parameters(), ref))
     m.zero_grad()
     with pager: c(x).square().sum().backward()     # and not, inside again
@@ -1211,9 +1305,13 @@ def test_a_share_is_taken_of_what_is_free_when_the_first_block_meets_its_device(
     cpu = torch.device('cpu')
     with p: pass
     assert not p._budget.limits
-    with p: big().sum(); assert p._block.ledger.limit == 2**21
+    with p:
+        big().sum()
+        assert p._block.ledger.limit == 2**21
     monkeypatch.setattr(copying, 'free_bytes', lambda d: 1)
-    with p: big().sum(); assert p._block.ledger.limit == 2**21
+    with p:
+        big().sum()
+        assert p._block.ledger.limit == 2**21
     assert p.budget == .5 and p._budget.limits == {cpu: 2**21}
 
 def test_free_memory_of_the_cpu_is_sensible():
@@ -1232,7 +1330,9 @@ def test_a_pager_holds_no_tensors_after_its_block():
     m = net()
     x = big()
     refs = [weakref.ref(x), weakref.ref(m)]
-    with p: y = (x*2).sum(); m(torch.randn(2,3,32,32))
+    with p:
+        y = (x*2).sum()
+        m(torch.randn(2,3,32,32))
     del x, m, y
     gc.collect()
     assert all(r() is None for r in refs)
@@ -1250,7 +1350,9 @@ class FakeCuda:
     def record_event(self): return len(self.queue)
     def wait_event(self, event):
         for i in range(event):
-            if self.queue[i] is not None: f,self.queue[i] = self.queue[i],None; f()
+            if self.queue[i] is not None:
+                f,self.queue[i] = self.queue[i],None
+                f()
     def under_way(self): return sum(f is not None for f in self.queue)
 
 def test_copies_on_a_side_stream_are_waited_for(monkeypatch):
