@@ -26,7 +26,9 @@ Modules:
 - `fastai_bn.moments`: Count, mean and M2 of what BatchNorm layers see: statistics that merge
 - `fastai_bn.normalize`: `image_normalize`: every image, or every channel of it, by its own statistics; `ImageNormalize`: the same as a batch transform, invertible
 - `fastai_bn.paging`: `ActivationPager`: forward and backward of any model within a fixed amount of device memory, bit for bit the same
+- `fastai_bn.pooled`: BatchNorm over micro-batches that are never together: three autograd functions and their gradient
 - `fastai_bn.precise`: `precise_bn`: the population statistics of the final weights, instead of a moving average over a changing model
+- `fastai_bn.turns`: Micro-batches that run side by side and wait for each other: `LockStep`
 - `fastai_bn.undo`: Stand in for somebody's method, and put it back whatever happens
 - `fastai_bn.unet`: `gn_unet_learner`: fastai's `unet_learner` with GroupNorm everywhere, in the decoder alone, or with no norm outside the encoder
 - `fastai_bn.window`: The micro-batches of one optimizer step, in any PyTorch loop"""

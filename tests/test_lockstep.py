@@ -18,10 +18,12 @@ from fastai.callback.hook import Hook, hook_outputs
 from fastai.vision.all import SGD, CrossEntropyLossFlat, DynamicUnet, MixUp, TensorImage, create_body, load_learner, set_seed
 
 from fastai_bn.accumulate import AccumulateGradBN
-from fastai_bn.lockstep import MicroBatched, _LockStep, _affine, _mean_var, _settings, _sums
+from fastai_bn.lockstep import MicroBatched
 from fastai_bn.moments import bn_layers, capture_moments
 from fastai_bn.paging import ActivationPager
+from fastai_bn.pooled import _affine, _mean_var, _sums
 from fastai_bn.precise import PreciseBN, precise_bn
+from fastai_bn.turns import LockStep, _settings
 from conftest import AS_GOOD, F64, assert_pristine, assert_same, conv_net, do_fit, get_dls, get_learner, labels, rounding, snapshot, tilted
 from test_accumulate import Boom, CPUScaler, RaiseAt
 from test_bn_bs import learner, one_cycle
@@ -189,7 +191,7 @@ def test_no_bn(): compare(seeded(lambda: nn.Sequential(nn.Conv2d(3,4,3), nn.Grou
 def test_eval_mode_runs_without_lock_step(monkeypatch):
     m,x = conv_net().eval(),tilted(8)
     want = m(x)
-    monkeypatch.setattr(_LockStep, 'run', lambda *_: pytest.fail('lock step'))
+    monkeypatch.setattr(LockStep, 'run', lambda *_: pytest.fail('lock step'))
     assert error(MicroBatched(m, 3)(x), want) < 1e-14
     with torch.no_grad(): assert not MicroBatched(m, 3)(x).requires_grad
 
