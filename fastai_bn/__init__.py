@@ -32,11 +32,13 @@ Modules:
 - `fastai_bn.mover`: What an operation needs on the device, who leaves for it, and who returns ahead of time
 - `fastai_bn.normalize`: `image_normalize`: every image, or every channel of it, by its own statistics; `ImageNormalize`: the same as a batch transform, invertible
 - `fastai_bn.paging`: `ActivationPager`: forward and backward of any model within a fixed amount of device memory, bit for bit the same
+- `fastai_bn.pooled`: BatchNorm over micro-batches that are never together: three autograd functions and their gradient
 - `fastai_bn.precise`: `precise_bn`: the population statistics of the final weights, instead of a moving average over a changing model
 - `fastai_bn.processes`: Which processes train together, over which of them BN normalises, and what they add up
 - `fastai_bn.reads`: `print(t)` is no operation: what reads a tensor's memory directly brings the tensor back first
 - `fastai_bn.samples`: The one place that knows what a sample is: batches are counted, cut and joined
 - `fastai_bn.storages`: Who is on the device, and how many bytes that is
+- `fastai_bn.turns`: Micro-batches that run side by side and wait for each other: `LockStep`
 - `fastai_bn.undo`: Stand in for somebody's method, and put it back whatever happens
 - `fastai_bn.unet`: `gn_unet_learner`: fastai's `unet_learner` with GroupNorm everywhere, in the decoder alone, or with no norm outside the encoder
 - `fastai_bn.window`: The micro-batches of one optimizer step, in any PyTorch loop"""

@@ -10,7 +10,9 @@ import fastai_bn
 import fastai_bn.all
 
 root = Path(__file__).resolve().parent.parent
-MODULES = ['moments','layers','processes','diversion','capture','samples','batches','window','undo','epochs','accumulate','forecast','copies','storages','mover','reads','paging','lockstep','precise','groupnorm','unet','normalize','hpa','demo']
+MODULES = ['moments','layers','processes','diversion','capture','samples','batches','window','undo','epochs',
+           'accumulate','forecast','copies','storages','mover','reads','paging','pooled','turns','lockstep','precise',
+           'groupnorm','unet','normalize','hpa','demo']
 
 def own_names(name):
     "The public names that are defined in a module; `moments` still has those that have moved to `capture`"
