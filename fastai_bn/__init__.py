@@ -20,8 +20,9 @@ Modules:
 - `fastai_bn.batches`: The one place that knows what a sample is: batches cut, joined and counted
 - `fastai_bn.capture`: What BatchNorm layers see, from the native kernels, at no cost; and updates of running statistics that wait
 - `fastai_bn.demo`: `python -m fastai_bn.demo`: the main job end to end, in minutes on two cores
+- `fastai_bn.draw`: `make_hpa`: cells drawn in the layout of the Human Protein Atlas, for demonstrations and tests
 - `fastai_bn.groupnorm`: `bn_to_gn`: GroupNorm in place of BatchNorm, in any model; `weight_standardize` to go with it
-- `fastai_bn.hpa`: The Kaggle layout of 4-channel fluorescence images with 28 labels: a loader, and a generator for when you have no data at hand
+- `fastai_bn.hpa`: The Kaggle layout of 4-channel fluorescence images with 28 labels, read into `DataLoaders`
 - `fastai_bn.lockstep`: `MicroBatched`: one large batch computed in micro-batches that meet at every BatchNorm layer
 - `fastai_bn.moments`: Count, mean and M2 of what BatchNorm layers see: statistics that merge
 - `fastai_bn.normalize`: `image_normalize`: every image, or every channel of it, by its own statistics; `ImageNormalize`: the same as a batch transform, invertible
