@@ -29,7 +29,7 @@ Modules:
 - `fastai_bn.paging`: `ActivationPager`: forward and backward of any model within a fixed amount of device memory, bit for bit the same
 - `fastai_bn.precise`: `precise_bn`: the population statistics of the final weights, instead of a moving average over a changing model
 - `fastai_bn.undo`: Stand in for somebody's method, and put it back whatever happens
-- `fastai_bn.unet`: `gn_unet_learner`: fastai's `unet_learner` with GroupNorm everywhere, in the decoder alone, or with no norm outside the encoder
+- `fastai_bn.unet`: `gn_unet_learner`: fastai's `unet_learner` with GroupNorm everywhere, or in the decoder alone
 - `fastai_bn.window`: The micro-batches of one optimizer step, in any PyTorch loop"""
 
 __version__ = "0.1.0"
