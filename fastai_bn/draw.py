@@ -29,7 +29,7 @@ from .hpa import COLOURS, check_at_least, read_table
 # %% auto #0
 __all__ = ['make_hpa']
 
-# %% ../nbs/51_draw.ipynb #6220350c
+# %% ../nbs/51_draw.ipynb #b60e3caf
 def _noise(rng, size:int, sigma:float) -> np.ndarray:
     "Draw smooth noise [size, size] with mean 0 and standard deviation 1"
     a = ndi.gaussian_filter(rng.standard_normal((size,size)), sigma, mode='wrap')
@@ -39,8 +39,9 @@ def _dots(rng, where:np.ndarray, n:int, sigma:float) -> np.ndarray:
     "Draw `n` blurred dots inside the mask `where`, each with a peak of about 1"
     a,ij = np.zeros(where.shape),np.argwhere(where)
     if len(ij):
+        peaks = rng.uniform(.6, 1.4, n)
         at = ij[rng.integers(len(ij), size=n)]
-        a[tuple(at.T)] = rng.uniform(.6, 1.4, n)
+        a[tuple(at.T)] = peaks
     return ndi.gaussian_filter(a, sigma)*2*math.pi*max(sigma, .4)**2
 
 def _stripes(rng, size:int, px:float) -> np.ndarray:
