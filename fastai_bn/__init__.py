@@ -1,5 +1,6 @@
-"""Gradient accumulation makes 2 x 16 look like 32 to the optimizer, but not to BatchNorm (BN): it still normalises with 2 samples, and the running
-statistics, which inference uses, follow. `fastai_bn` gives a [fastai](https://docs.fast.ai) user the repairs in one line each:
+"""Gradient accumulation makes 2 x 16 look like 32 to the optimizer, but not to BatchNorm (BN): it still normalises with
+2 samples, and the running statistics, which inference uses, follow. `fastai_bn` gives a
+[fastai](https://docs.fast.ai) user the repairs in one line each:
 
 ```python
 # one optimizer step, and one update of the running statistics, for 16 micro-batches
@@ -10,8 +11,9 @@ learn = Learner(dls, model, cbs=AccumulateGradBN(n_step=16, bn_bs='window', budg
 learn.precise_bn()
 ```
 
-With `bn_bs='window'` training *is* the training of the large batch, bit for bit where kernels are deterministic, as on a CPU; what it takes in device memory is up to you, as
-a pager has activations wait in host memory. No micro-batch statistics, no approximation, no change to the model.
+With `bn_bs='window'` training *is* the training of the large batch, bit for bit where kernels are deterministic, as on
+a CPU. You decide how much device memory it takes: a pager has activations wait in host memory. No micro-batch
+statistics, no approximation, no change to the model.
 
 Modules:
 
