@@ -1,5 +1,6 @@
-"""Gradient accumulation makes 2 x 16 look like 32 to the optimizer, but not to BatchNorm (BN): it still normalises with 2 samples, and the running
-statistics, which inference uses, follow. `fastai_bn` gives a [fastai](https://docs.fast.ai) user the repairs in one line each:
+"""Gradient accumulation makes 2 x 16 look like 32 to the optimizer, but not to BatchNorm (BN): it still normalises with
+2 samples, and the running statistics, which inference uses, follow. `fastai_bn` gives a
+[fastai](https://docs.fast.ai) user the repairs in one line each:
 
 ```python
 # one optimizer step, and one update of the running statistics, for 16 micro-batches
@@ -10,8 +11,9 @@ learn = Learner(dls, model, cbs=AccumulateGradBN(n_step=16, bn_bs='window', budg
 learn.precise_bn()
 ```
 
-With `bn_bs='window'` training *is* the training of the large batch, bit for bit where kernels are deterministic, as on a CPU; what it takes in device memory is up to you, as
-a pager has activations wait in host memory. No micro-batch statistics, no approximation, no change to the model.
+With `bn_bs='window'` training *is* the training of the large batch, bit for bit where kernels are deterministic, as on
+a CPU. You decide how much device memory it takes: a pager has activations wait in host memory. No micro-batch
+statistics, no approximation, no change to the model.
 
 Modules:
 
@@ -22,25 +24,27 @@ Modules:
 - `fastai_bn.copies`: Memory budgets, host buffers, and the stream on which copies run beside the computation
 - `fastai_bn.demo`: `python -m fastai_bn.demo`: the main job end to end, in minutes on two cores
 - `fastai_bn.diversion`: For a while a BN layer's update goes to somebody else, and its own running statistics stay
+- `fastai_bn.draw`: `make_hpa`: cells drawn in the layout of the Human Protein Atlas, for demonstrations and tests
 - `fastai_bn.epochs`: How a DataLoader's epoch becomes windows, and how fastai's training loop runs inside them
 - `fastai_bn.forecast`: What a block of operations did, in order, is what the next one will do: who is needed last leaves first
 - `fastai_bn.groupnorm`: `bn_to_gn`: GroupNorm in place of BatchNorm, in any model; `weight_standardize` to go with it
-- `fastai_bn.hpa`: The Kaggle layout of 4-channel fluorescence images with 28 labels: a loader, and a generator for when you have no data at hand
+- `fastai_bn.hpa`: The Kaggle layout of 4-channel fluorescence images with 28 labels, read into `DataLoaders`
 - `fastai_bn.layers`: Its running statistics, its own `forward`, and the errors that name it
 - `fastai_bn.lockstep`: `MicroBatched`: one large batch computed in micro-batches that meet at every BatchNorm layer
 - `fastai_bn.moments`: Count, mean and M2 of what BatchNorm layers see: statistics that merge
 - `fastai_bn.mover`: What an operation needs on the device, who leaves for it, and who returns ahead of time
-- `fastai_bn.normalize`: `image_normalize`: every image, or every channel of it, by its own statistics; `ImageNormalize`: the same as a batch transform, invertible
+- `fastai_bn.normalize`: `image_normalize`: every image by its own statistics; `ImageNormalize`: the same in batches
 - `fastai_bn.paging`: `ActivationPager`: forward and backward of any model within a fixed amount of device memory, bit for bit the same
 - `fastai_bn.pooled`: BatchNorm over micro-batches that are never together: three autograd functions and their gradient
 - `fastai_bn.precise`: `precise_bn`: the population statistics of the final weights, instead of a moving average over a changing model
 - `fastai_bn.processes`: Which processes train together, over which of them BN normalises, and what they add up
 - `fastai_bn.reads`: `print(t)` is no operation: what reads a tensor's memory directly brings the tensor back first
+- `fastai_bn.rows`: Centre and scale of each row of a matrix, precise at any offset, with NumPy's percentiles
 - `fastai_bn.samples`: The one place that knows what a sample is: batches are counted, cut and joined
 - `fastai_bn.storages`: Who is on the device, and how many bytes that is
 - `fastai_bn.turns`: Micro-batches that run side by side and wait for each other: `LockStep`
 - `fastai_bn.undo`: Stand in for somebody's method, and put it back whatever happens
-- `fastai_bn.unet`: `gn_unet_learner`: fastai's `unet_learner` with GroupNorm everywhere, in the decoder alone, or with no norm outside the encoder
+- `fastai_bn.unet`: `gn_unet_learner`: fastai's `unet_learner` with GroupNorm everywhere, or in the decoder alone
 - `fastai_bn.window`: The micro-batches of one optimizer step, in any PyTorch loop"""
 
 __version__ = "0.1.0"

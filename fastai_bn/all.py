@@ -1,6 +1,7 @@
 """`from fastai_bn.all import *`
 
-Everything that a user of the package needs, beside `from fastai.vision.all import *`. Every module has a page of its own.
+Everything that a user of the package needs, beside `from fastai.vision.all import *`. Every module has a page of its
+own.
 
 Docs: https://fastai-bn.github.io/fastai_bn/all.html.md"""
 
@@ -9,7 +10,7 @@ Docs: https://fastai-bn.github.io/fastai_bn/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/all.ipynb #15d63754
+# %% ../nbs/all.ipynb #460a944c
 from .moments import *
 from .capture import *
 from .window import *
@@ -21,8 +22,10 @@ from .groupnorm import *
 from .unet import *
 from .normalize import *
 from .hpa import *
+from .draw import *
 
-# %% ../nbs/all.ipynb #8eafdefc
-from . import accumulate, capture, groupnorm, hpa, lockstep, moments, normalize, paging, precise, unet, window
-_modules = moments, capture, window, accumulate, paging, lockstep, precise, groupnorm, unet, normalize, hpa
+# %% ../nbs/all.ipynb #977ba8b5
+from . import accumulate, capture, draw, groupnorm, hpa, lockstep, moments, normalize, paging, precise, unet
+from . import window
+_modules = (moments, capture, window, accumulate, paging, lockstep, precise, groupnorm, unet, normalize, hpa, draw)
 __all__ = list(dict.fromkeys(o for m in _modules for o in m.__all__))

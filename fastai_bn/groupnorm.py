@@ -1,12 +1,14 @@
 """`bn_to_gn`: GroupNorm in place of BatchNorm, in any model; `weight_standardize` to go with it
 
-GroupNorm (GN, Wu and He, [arXiv 1803.08494](https://arxiv.org/abs/1803.08494)) normalises each sample by itself: the mean and the variance of a *group* of channels,
-over all positions. No batch, no running statistics, the same in training and at inference. Its error on ImageNet is 24.1 % at 32 samples per GPU and 24.1 % at 2,
-where BatchNorm (BN) has 23.6 % and 34.7 %.
+At 2 samples per GPU, a ResNet-50 with BatchNorm (BN) has 34.7 % error on ImageNet instead of 23.6 % at 32. With
+GroupNorm (GN, Wu and He, [arXiv 1803.08494](https://arxiv.org/abs/1803.08494)) it has 24.1 % at both. GN normalises
+each sample by itself, by the mean and the variance of a *group* of channels over all positions: no batch, no running
+statistics, the same in training and at inference.
 
-**Use it** for nets trained from scratch (or fine-tuned for long) with 1 to 4 samples, when nothing else in the training needs BN. **It is no
-drop-in for a pretrained BN net**: the weights are copied, but the activations are others, and such a net has to be fine-tuned before it is good for anything.
-Where only the batch is the problem, `AccumulateGradBN` with a `bn_bs` keeps BN and its pretrained weights. For U-Nets see `gn_unet_learner`.
+**Use it** for nets trained from scratch (or fine-tuned for long) with 1 to 4 samples, when nothing else in the training
+needs BN. **Do not use it** as a drop-in for BN in a pretrained net: the weights are copied, but the activations change,
+and the net must be fine-tuned before it is good for anything. If only the batch is too small, `AccumulateGradBN` with a
+`bn_bs` keeps BN and its pretrained weights. For U-Nets see `gn_unet_learner`.
 
 Docs: https://fastai-bn.github.io/fastai_bn/groupnorm.html.md"""
 
@@ -30,29 +32,35 @@ from .batches import is_count
 # %% auto #0
 __all__ = ['GroupNorm', 'bn_to_gn', 'weight_standardize']
 
-# %% ../nbs/40_groupnorm.ipynb #68deb5ed
+# %% ../nbs/40_groupnorm.ipynb #155ef288
 def _group_norm(x:Tensor, num_groups:int, weight:Tensor|None, bias:Tensor|None, eps:float) -> Tensor:
-    "`F.group_norm`, which warns where it leaves nothing of the values, but not in compiled, scripted or traced code"
+    "Call `F.group_norm`. Warn where it leaves nothing of the values, but not in compiled, scripted or traced code"
     if not torch.jit.is_scripting():
         if not torch.jit.is_tracing() and not torch.compiler.is_compiling(): _warn_of_signs(x, num_groups)
     return F.group_norm(x, num_groups, weight, bias, eps)
 
 def _warn_of_signs(x:Tensor, num_groups:int):
-    "Two values become -1 and 1, or 1 and -1, and one becomes 0"
-    if isinstance(x, Tensor) and 0 < x.numel() <= 2*len(x)*num_groups:  # not while torch.fx traces
+    "Warn of groups with two values, which become -1 and 1, or with one, which becomes 0"
+    # while torch.fx traces, `x` is no tensor
+    if isinstance(x, Tensor) and 0 < x.numel() <= 2*len(x)*num_groups:
         warnings.warn("GroupNorm normalises groups of one or two values, of which nothing is left but signs: as behind "
                       "global pooling. Use fewer groups there (num_groups, or a larger channels_per_group), or no norm")
 
+# %% ../nbs/40_groupnorm.ipynb #6ddec1ca
 class _KnownNorm(nn.LayerNorm):
-    "fastai's `norm_types` has LayerNorm; all but the name of the class comes from `nn.GroupNorm`"
+    "Be one of fastai's `norm_types`, by class alone: all else comes from `nn.GroupNorm`"
     def __init__(self): nn.Module.__init__(self)
 
 class GroupNorm(nn.GroupNorm, _KnownNorm):
-    """`nn.GroupNorm(num_groups, num_channels, eps=1e-5, affine=True)` that fastai initialises, decays and freezes as it does BN.
+    """Normalise groups of channels, as `nn.GroupNorm`. fastai initialises, decays and freezes it as it does BN.
 
-    `[B, C, *]` to the same shape, in each sample `num_groups` groups of neighbouring channels with mean 0 and variance 1. `num_channels` is C, `eps` is added to the variance, and `affine`
-    gives each channel a gamma and a beta. It loads what a BatchNorm has saved, too, running statistics left out. Warns where a group has one or two values, of which nothing is left but signs (not in compiled, scripted or traced code).
-    `ValueError`, from PyTorch: `num_groups` does not divide `num_channels`."""
+    `GroupNorm(num_groups, num_channels, eps=1e-5, affine=True)` maps [B, C, *] to the same shape: in each sample,
+    `num_groups` groups of neighbouring channels get mean 0 and variance 1. `num_channels` is C, `eps` is added to the
+    variance, and `affine` gives each channel a gamma and a beta. It also loads what a BatchNorm has saved, and skips
+    the running statistics.
+    Warns where a group has one or two values, of which nothing is left but signs (not in compiled, scripted or traced
+    code).
+    Raises `ValueError`, from PyTorch, if `num_groups` does not divide `num_channels`."""
     def forward(self, x): return _group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -61,96 +69,115 @@ class GroupNorm(nn.GroupNorm, _KnownNorm):
 
 _BN_BUFFERS = 'running_mean','running_var','num_batches_tracked'
 
-# %% ../nbs/40_groupnorm.ipynb #6e1474de
+# %% ../nbs/40_groupnorm.ipynb #d5b847f4
 class _GroupNormAct(GroupNorm):
-    "timm's `BatchNormAct2d`: dropout and activation follow"
+    "Normalise, then drop and activate, as timm's `BatchNormAct2d` does"
     def forward(self, x): return self.act(self.drop(_group_norm(x, self.num_groups, self.weight, self.bias, self.eps)))
 
 class _GroupNorm1dFlat(GroupNorm):
-    "fastai's `BatchNorm1dFlat`: `[*, C]`, each position by itself"
+    "Normalise each position of [*, C] by itself, as fastai's `BatchNorm1dFlat` does"
     def forward(self, x): return super().forward(x.reshape(-1, self.num_channels)).view(x.shape)
 
-# %% ../nbs/40_groupnorm.ipynb #a223625c
+# %% ../nbs/40_groupnorm.ipynb #7fc51a06
 def _n_groups(num_channels:int, num_groups:int=32, channels_per_group:int|None=None) -> int:
-    "The largest number of groups, at most as many as asked for, that divides the channels and leaves at least two (or `channels_per_group`) in each"
+    "Find the most groups, up to those asked for, that divide the channels with two, or `channels_per_group`, in each"
     per = channels_per_group or 2
     most = num_channels//per if channels_per_group else min(num_groups, num_channels//per)
     return next((g for g in range(most, 0, -1) if num_channels % g == 0), 1)
 
-# %% ../nbs/40_groupnorm.ipynb #c9696ef9
-def _has_act(m:nn.Module) -> bool: return hasattr(m, 'act') and hasattr(m, 'drop')  # as timm's layers
+# %% ../nbs/40_groupnorm.ipynb #611e9aaf
+def _has_act(m:nn.Module) -> bool:
+    "Tell whether `m` drops and activates, as timm's layers do"
+    return hasattr(m, 'act') and hasattr(m, 'drop')
 
 def _gn_class(m:nn.Module) -> type:
-    "What does after conversion what `m` does around its normalisation"
+    "Choose the class that does what `m` does around its normalisation"
     if isinstance(m, BatchNorm1dFlat): return _GroupNorm1dFlat
     if _has_act(m): return _GroupNormAct
     if type(m).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
-        warnings.warn(f"bn_to_gn: {type(m).__qualname__} has a forward of its own, of which only the normalisation is left")
+        warnings.warn(
+            f"bn_to_gn: {type(m).__qualname__} has a forward of its own, of which only the normalisation is left")
     return GroupNorm
 
 def _to_gn(m:_BatchNorm, num_groups:int, channels_per_group:int|None):
     "Make GroupNorm of `m`"
     cls,c = _gn_class(m),m.num_features
-    g = 1 if isinstance(m, nn.BatchNorm1d) else _n_groups(c, num_groups, channels_per_group)
-    if isinstance(m, nn.BatchNorm1d) and c <= 2:
-        warnings.warn(f"bn_to_gn: BatchNorm1d({c}) becomes the LayerNorm of {c} feature(s), of which nothing is left but signs. Keep BatchNorm there")
+    flat = isinstance(m, nn.BatchNorm1d)
+    g = 1 if flat else _n_groups(c, num_groups, channels_per_group)
+    if flat and c <= 2:
+        warnings.warn(f"bn_to_gn: BatchNorm1d({c}) becomes the LayerNorm of {c} feature(s), of which nothing is left "
+                      "but signs. Keep BatchNorm there")
     for k in (*_BN_BUFFERS, 'num_features','momentum','track_running_stats','process_group'):
         if hasattr(m, k): delattr(m, k)
     m.__class__,m.num_channels,m.num_groups = cls,c,g
 
-def _known(model:nn.Module):
-    "Make those `nn.GroupNorm` of `model`, and timm's with activation, known to fastai"
+# %% ../nbs/40_groupnorm.ipynb #c26d0d37
+def check_groups(num_groups, channels_per_group=None):
+    "Raise `ValueError` if these are no numbers of groups and channels"
+    if not is_count(num_groups):
+        raise ValueError(f"`num_groups` must be an integer >= 1, got {num_groups!r}. 1 is LayerNorm")
+    if not (channels_per_group is None or is_count(channels_per_group)): raise ValueError(
+        f"`channels_per_group` must be an integer >= 1 or None, got {channels_per_group!r}. None: `num_groups` decides")
+
+def make_known(model:nn.Module):
+    "Make the `nn.GroupNorm` layers of `model`, and timm's with activation, known to fastai"
     for m in model.modules():
         if type(m) is nn.GroupNorm: m.__class__ = GroupNorm
         elif isinstance(m, nn.GroupNorm) and not isinstance(m, GroupNorm) and _has_act(m): m.__class__ = _GroupNormAct
 
-# %% ../nbs/40_groupnorm.ipynb #001c2013
-def _is_trained(m:_BatchNorm) -> bool:
-    "Are the running statistics of `m` other than the initial ones?"
-    return m.running_mean is not None and not m.running_mean.is_meta and bool(m.running_mean.any() or (m.running_var != 1).any())
-
+# %% ../nbs/40_groupnorm.ipynb #bbfe1d98
 def _copied(model:nn.Module) -> nn.Module:
-    "A deep copy, for parts of a graph detached (as `spectral_norm` keeps) or left out (as hooks of fastai's U-Nets keep): they have no copy"
-    memo = {id(t):t.detach().clone() for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf}
-    memo.update((id(h.stored), None) for m in model.modules() if isinstance(h := getattr(m, 'hook', None), Hook))
+    "Copy `model` deeply, but detach parts of a graph, and leave out what hooks have stored"
+    memo = {}
+    for m in model.modules():
+        memo.update((id(t), t.detach().clone()) for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf)
+    hooks = [getattr(m, 'hook', None) for m in model.modules()]
+    memo.update((id(h.stored), None) for h in hooks if isinstance(h, Hook))
     return deepcopy(model, memo)
 
-def _check_groups(num_groups, channels_per_group=None):
-    "`ValueError` for what is no number of groups or channels"
-    for k,v in ('num_groups',num_groups),('channels_per_group',channels_per_group):
-        if (k,v) != ('channels_per_group',None) and not is_count(v): raise ValueError(f"{k}={v!r}: it is an integer of at least 1")
+def _is_trained(m:_BatchNorm) -> bool:
+    "Tell whether the running statistics of `m` differ from the initial ones"
+    if m.running_mean is None or m.running_mean.is_meta: return False
+    return bool(m.running_mean.any() or (m.running_var != 1).any())
 
-# %% ../nbs/40_groupnorm.ipynb #7b21168a
+def _check_bns(bns:list[_BatchNorm]):
+    "Raise `ValueError` if layers cannot be converted yet"
+    if any(isinstance(m, _LazyNormBase) for m in bns):
+        raise ValueError("BatchNorm layers must know their channels, got lazy ones. Run a batch through them first")
+    if any(map(is_parametrized, bns)):
+        raise ValueError("BatchNorm layers must have plain parameters, got a parametrization. Remove that first")
+
+# %% ../nbs/40_groupnorm.ipynb #163f54d3
 def bn_to_gn(
     model:nn.Module,   # Any PyTorch model; a BatchNorm alone, too
-    num_groups:int=32, # Groups per layer, at most: the largest divisor of its channels that leaves two or more in a group. At least 1
+    num_groups:int=32, # Groups per layer, at most: the largest divisor of its channels that leaves two in a group. >= 1
     channels_per_group:int|None=None, # Instead of `num_groups`: channels in a group, at least. 1 or more
     inplace:bool=False, # Change `model` itself? Otherwise a copy
 ) -> nn.Module: # The model with GroupNorm in place of every BatchNorm (1d: of one group)
-    """Convert BatchNorm to GroupNorm (Wu and He, arXiv 1803.08494), gamma, beta and `eps` kept.
+    """Convert BatchNorm to GroupNorm (Wu and He, arXiv 1803.08494), and keep gamma, beta and `eps`.
 
-    Warns if `model` was trained (it needs fine-tuning), if it has no BatchNorm, a BatchNorm1d of one or two features, or one with a forward of its own (of which only the normalisation is left).
-    `ValueError`: numbers below 1, lazy layers that have not seen a batch yet, and parametrized ones."""
-    _check_groups(num_groups, channels_per_group)
-    if any(isinstance(m, _LazyNormBase) and isinstance(m, _BatchNorm) for m in model.modules()):
-        raise ValueError("bn_to_gn: the model has lazy BatchNorm, whose channels are not known yet. Run a batch through it first")
+    Warns if `model` was trained (it needs fine-tuning), if it has no BatchNorm, a BatchNorm1d of one or two features,
+    or one with a forward of its own (of which only the normalisation is left).
+    Raises `ValueError` for numbers below 1, lazy layers that have not seen a batch yet, and parametrized ones."""
+    check_groups(num_groups, channels_per_group)
+    _check_bns([m for m in model.modules() if isinstance(m, _BatchNorm)])
     if not inplace: model = _copied(model)
     bns = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    if any(map(is_parametrized, bns)): raise ValueError("bn_to_gn: the model has BatchNorm with a parametrization. Remove that first")
     if not bns: warnings.warn("bn_to_gn found no BatchNorm in the model")
     if any(map(_is_trained, bns)):
-        warnings.warn("The model was trained with BatchNorm. With GroupNorm the same weights give other activations: fine-tune it before you use it")
+        warnings.warn("The model was trained with BatchNorm. With GroupNorm the same weights give other activations: "
+                      "fine-tune it before you use it")
     for m in bns: _to_gn(m, num_groups, channels_per_group)
-    _known(model)
+    make_known(model)
     return model
 
-# %% ../nbs/40_groupnorm.ipynb #2c7f9c90
+# %% ../nbs/40_groupnorm.ipynb #1518a926
 def _standardized(w:Tensor, eps:float=1e-6) -> Tensor:
-    "`w` [O, ...] with mean 0 and variance 1 for each output channel, by the native kernel: that is LayerNorm of each filter"
+    "Give `w` [O, ...] mean 0 and variance 1 in each output channel, by a native kernel: it is LayerNorm of each filter"
     return F.layer_norm(w.flatten(1), (w[0].numel(),), eps=eps).view(w.shape)
 
 class _Standardized:
-    "A convolution with standardised weights"
+    "Convolve with standardised weights"
     def forward(self, x): return self._conv_forward(x, _standardized(self.weight), self.bias)
 
 class _WSConv1d(_Standardized, nn.Conv1d): pass
@@ -159,11 +186,15 @@ class _WSConv3d(_Standardized, nn.Conv3d): pass
 
 _WS = {nn.Conv1d:_WSConv1d, nn.Conv2d:_WSConv2d, nn.Conv3d:_WSConv3d}
 
-# %% ../nbs/40_groupnorm.ipynb #ef7d9419
+# %% ../nbs/40_groupnorm.ipynb #ae2f8bf0
+def _is_conv(m:nn.Module) -> bool:
+    "Tell whether `m` is a convolution with weights of its own, standardised or not"
+    return (type(m) in _WS or isinstance(m, _Standardized)) and isinstance(m._parameters.get('weight'), nn.Parameter)
+
 def _before_gn(model:nn.Module) -> list[nn.Module]:
-    "Convolutions with weights of their own that a GroupNorm follows"
+    "List the convolutions that a GroupNorm follows"
     ms = [m for m in model.modules() if m._parameters or isinstance(m, nn.GroupNorm)]
-    return [a for a,b in zip(ms, ms[1:]) if isinstance(b, nn.GroupNorm) and (type(a) in _WS or isinstance(a, _Standardized)) and isinstance(a._parameters.get('weight'), nn.Parameter)]
+    return [a for a,b in zip(ms, ms[1:]) if isinstance(b, nn.GroupNorm) and _is_conv(a)]
 
 def weight_standardize(
     model:nn.Module,    # A model with GroupNorm, for instance from `bn_to_gn`
@@ -176,5 +207,6 @@ def weight_standardize(
     convs = _before_gn(model)
     if not convs: warnings.warn("weight_standardize found no convolution with a GroupNorm behind it")
     for m in convs:
-        if type(m) in _WS and m.weight[0].numel() > 1: m.__class__ = _WS[type(m)]  # as `bn_to_gn` does: the same parameters
+        # as `bn_to_gn` does: the same parameters
+        if type(m) in _WS and m.weight[0].numel() > 1: m.__class__ = _WS[type(m)]
     return model

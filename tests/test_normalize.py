@@ -5,17 +5,28 @@ from collections import namedtuple
 import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
-from fastai.vision.all import (CategoryBlock, DataBlock, DataLoaders, Datasets, L, ImageBlock, ImageDataLoaders, MaskBlock, Normalize, PILImage, PILMask, TensorBBox, TensorCategory, TensorImage,
-                               TensorImageBW, TensorMask, TensorPoint, aug_transforms, imagenet_stats, load_learner, model_meta, resnet18, risinstance, unet_learner, vision_learner)
+from fastai.vision.all import (
+    CategoryBlock, DataBlock, DataLoaders, Datasets, L, ImageBlock, ImageDataLoaders, MaskBlock, Normalize, PILImage,
+    PILMask, TensorBBox, TensorCategory, TensorImage, TensorImageBW, TensorMask, TensorPoint, aug_transforms,
+    imagenet_stats, load_learner, model_meta, resnet18, risinstance, unet_learner, vision_learner)
 from conftest import rounding
 from fastai_bn.all import HPADataLoaders, ImageNormalize, image_normalize, make_hpa
 from fastai_bn.hpa import TensorHPA
-from fastai_bn.normalize import _Normalized, _byte_percentiles, _percentile
+from fastai_bn.normalize import _Normalized
+from fastai_bn.rows import _byte_percentiles, _percentile
 
 STATS = ['std','minmax','percentile']
 Pair = namedtuple('Pair', 'x y')
-FLOAT32 = rounding(64, 1, torch.float32)  # moments in several accumulators, a difference, a quotient
-TYPES = [torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+# moments in several accumulators, a difference, a quotient
+FLOAT32 = rounding(64, 1, torch.float32)
+TYPES = [torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64, torch.bool,
+         torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+def centre_and_scale(v, stat, q):
+    if stat == 'std': return v.mean(),v.std()
+    if stat == 'minmax': return v.min(),np.ptp(v)
+    low,high = np.percentile(v, q)
+    return low,high-low
 
 def reference(x, per='channel', stat='std', q=(1,99.8), ok=None, eps=1e-3, n=2):
     "In NumPy, group by group: output, centre and scale"
@@ -27,7 +38,7 @@ def reference(x, per='channel', stat='std', q=(1,99.8), ok=None, eps=1e-3, n=2):
         fin = np.isfinite(g)
         v = g[m] if m.any() else g[fin]
         if not len(v) or v.min() == v.max(): continue
-        c,s = {'std':lambda: (v.mean(), v.std()), 'minmax':lambda: (v.min(), np.ptp(v)), 'percentile':lambda: (np.percentile(v, q[0]), np.percentile(v, q[1])-np.percentile(v, q[0]))}[stat]()
+        c,s = centre_and_scale(v, stat, q)
         o[fin] = (g[fin]-c)/max(s, eps*np.ptp(v))
     return out.reshape(x.shape)
 
@@ -35,7 +46,11 @@ def images(shape=(3,4,9,11), seed=0):
     "Every channel has a scale and an offset of its own"
     g = torch.Generator().manual_seed(seed)
     one = shape[:2]+(1,)*(len(shape)-2)
-    return torch.rand(shape, generator=g, dtype=torch.float64)*10**(4*torch.rand(one, generator=g, dtype=torch.float64)-2)+100*torch.rand(one, generator=g, dtype=torch.float64)
+    def rand(shape): return torch.rand(shape, generator=g, dtype=torch.float64)
+    return rand(shape)*10**(4*rand(one)-2)+100*rand(one)
+
+def close(out, ref, atol=1e-11, rtol=1e-7): np.testing.assert_allclose(out, ref, atol=atol, rtol=rtol)
+def plain(x): return x.as_subclass(Tensor)
 
 
 # --- The function
@@ -55,20 +70,26 @@ def test_against_numpy(per, stat, dtype):
 def test_large_images_are_as_precise(stat):
     "Enough values for the threshold before the percentiles, far from zero, many of them equal"
     g = torch.Generator().manual_seed(0)
-    for x in (torch.rand(2,2,300,311, generator=g), torch.rand(2,2,300,311, generator=g)+1000, (torch.rand(2,2,300,311, generator=g)*300).clamp(0,255).byte(),
-              torch.rand(2,2,300,311, generator=g).pow(30), torch.rand(2,2,300,311, generator=g).sort(-1).values, -torch.rand(1,1,900,900, generator=g).double()*1e-30):
-        np.testing.assert_allclose(image_normalize(x, stat=stat).numpy(), reference(x, stat=stat), rtol=FLOAT32, atol=FLOAT32)
+    def rand(*shape): return torch.rand(*shape, generator=g)
+    size = 2,2,300,311
+    for x in (rand(*size), rand(*size)+1000, (rand(*size)*300).clamp(0,255).byte(), rand(*size).pow(30),
+              rand(*size).sort(-1).values, -rand(1,1,900,900).double()*1e-30):
+        close(image_normalize(x, stat=stat), reference(x, stat=stat), rtol=FLOAT32, atol=FLOAT32)
 
 def test_percentiles_are_numpys():
     g = torch.Generator().manual_seed(0)
     for n in (1,2,3,7,100,5000,20_000):
         for y in (torch.rand(3,n, generator=g, dtype=torch.float64), torch.randint(0, 4, (3,n), generator=g).double()):
-            for q in (0,.01,1,25,49.9,50,75,99,99.99,100): np.testing.assert_allclose(_percentile(y, q)[:,0], np.percentile(y, q, axis=1), rtol=1e-12, atol=1e-12)
+            for q in (0,.01,1,25,49.9,50,75,99,99.99,100):
+                close(_percentile(y, q)[:,0], np.percentile(y, q, axis=1), rtol=1e-12, atol=1e-12)
         u = torch.randint(0, 256, (3,n), generator=g).byte()
         qs = (0,1,50.3,99.8,100)
-        for q,o in zip(qs, _byte_percentiles(u, qs)): np.testing.assert_allclose(o[:,0], np.percentile(u, q, axis=1), rtol=1e-5)
+        for q,o in zip(qs, _byte_percentiles(u, qs)): close(o[:,0], np.percentile(u, q, axis=1), rtol=1e-5, atol=0)
 
-@pytest.mark.parametrize('shape,n,kw', [((2,3,5,6),2,{}), ((3,5,6),2,{}), ((3,40),1,{}), ((2,3,4,5,6),3,{}), ((2,3,40),1,dict(ndim=1)), ((3,4,5,6),3,dict(ndim=3)), ((2,3,5,6),2,dict(ndim=2))])
+@pytest.mark.parametrize('shape,n,kw', [
+    ((2,3,5,6),2,{}), ((3,5,6),2,{}), ((3,40),1,{}), ((2,3,4,5,6),3,{}),
+    ((2,3,40),1,dict(ndim=1)), ((3,4,5,6),3,dict(ndim=3)), ((2,3,5,6),2,dict(ndim=2)),
+])
 @pytest.mark.parametrize('per', ['channel','image'])
 def test_dimensions(shape, n, kw, per):
     x = torch.rand(shape, dtype=torch.float64)*torch.arange(1, shape[-n-1]+1).view(-1, *[1]*n)
@@ -87,14 +108,15 @@ def test_blank_and_constant_channels(stat):
     for dtype in (torch.float64, torch.float32, torch.float16):
         y,c,s = image_normalize(x.clamp(max=6e4).to(dtype), stat=stat, return_stats=True)
         assert not y[0,:2].any() and not y[1,2].any() and y.isfinite().all() and y[2].any()
-        assert torch.equal(c[0,1].double().flatten(), torch.tensor(7.3).to(dtype).double().flatten()) or abs(c[0,1].item()-7.3) < 1e-2
+        assert abs(c[0,1].item()-7.3) < 1e-2
 
 @pytest.mark.parametrize('n', [10, 1000])
 def test_one_bright_pixel(n):
     "eps bounds what a nearly empty channel is multiplied by, and only in relation to its range"
-    x = torch.zeros(1,1,n,n, dtype=torch.float64); x[...,n//2,n//2] = 5
+    x = torch.zeros(1,1,n,n, dtype=torch.float64)
+    x[...,n//2,n//2] = 5
     for f in (1, 1e-20, 1e20):
-        for stat in STATS: np.testing.assert_allclose(image_normalize(x*f, stat=stat), reference(x, stat=stat), atol=1e-9)
+        for stat in STATS: close(image_normalize(x*f, stat=stat), reference(x, stat=stat), atol=1e-9)
     if n == 1000: assert image_normalize(x, stat='percentile').max() == 1000
     assert 3 < image_normalize(x).max() <= 1000
 
@@ -107,7 +129,9 @@ def test_nan_and_inf_pixels():
             assert len(rec) == 1
             np.testing.assert_allclose(y, reference(x, per, stat), atol=1e-12)
             assert y[0,0,0,0] == 0 and not y[2,3].any()
-    with warnings.catch_warnings(): warnings.simplefilter('error'); image_normalize(images())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        image_normalize(images())
 
 def test_a_range_that_overflows():
     x = torch.tensor([[[-3e38,3e38,0.,1e38]]])
@@ -118,15 +142,18 @@ def test_masks(stat):
     x = images()
     x[:,:,:3] = 0
     m = torch.rand(9,11) > .5
-    for mask,ok in ('nonzero', x.numpy() != 0),(lambda x: x > 50, x.numpy() > 50),(m, m.numpy()),(m[None,None].expand(3,1,9,11), m.numpy()),(m.float(), m.numpy()):
-        np.testing.assert_allclose(image_normalize(x, stat=stat, mask=mask), reference(x, stat=stat, ok=ok), atol=1e-11)
-    x[0] = 0  # an empty mask: the whole image, which is constant here
+    by_name,by_value = ('nonzero', x.numpy() != 0),(lambda x: x > 50, x.numpy() > 50)
+    for mask,ok in (by_name, by_value, *((o, m.numpy()) for o in (m, m[None,None].expand(3,1,9,11), m.float()))):
+        close(image_normalize(x, stat=stat, mask=mask), reference(x, stat=stat, ok=ok))
+    # an empty mask: the whole image, which is constant here
+    x[0] = 0
     assert not image_normalize(x, stat=stat, mask='nonzero')[0].any()
-    np.testing.assert_allclose(image_normalize(x, stat=stat, mask=torch.zeros(9,11)), reference(x, stat=stat), atol=1e-11)
+    close(image_normalize(x, stat=stat, mask=torch.zeros(9,11)), reference(x, stat=stat))
 
 def test_clip():
     x = images()
-    assert torch.equal(image_normalize(x, stat='percentile', clip=(0,1)), image_normalize(x, stat='percentile').clamp(0, 1))
+    y = image_normalize(x, stat='percentile')
+    assert torch.equal(image_normalize(x, stat='percentile', clip=(0,1)), y.clamp(0, 1))
     assert image_normalize(x, clip=(-1,1.5)).amax() == 1.5
 
 @pytest.mark.slow
@@ -134,7 +161,8 @@ def test_input_stays_and_gradients_pass():
     x = images((2,2,4,5)).requires_grad_()
     before = x.detach().clone()
     for stat in STATS:
-        for kw in ({}, dict(eps=.4), dict(mask=torch.rand(4,5) > .3)): assert torch.autograd.gradcheck(lambda x: image_normalize(x, stat=stat, **kw), x)
+        for kw in ({}, dict(eps=.4), dict(mask=torch.rand(4,5) > .3)):
+            assert torch.autograd.gradcheck(lambda x: image_normalize(x, stat=stat, **kw), x)
     assert torch.equal(x, before)
 
 def test_a_blank_channel_leaves_other_gradients_alone():
@@ -142,7 +170,8 @@ def test_a_blank_channel_leaves_other_gradients_alone():
     x[0,0] = .1
     for stat in STATS:
         a,b = x.clone().requires_grad_(),x[1:].clone().requires_grad_()
-        (image_normalize(a, stat=stat)*w).sum().backward(); (image_normalize(b, stat=stat)*w[1:]).sum().backward()
+        (image_normalize(a, stat=stat)*w).sum().backward()
+        (image_normalize(b, stat=stat)*w[1:]).sum().backward()
         torch.testing.assert_close(a.grad[1:], b.grad)
         assert a.grad.isfinite().all()
 
@@ -155,25 +184,36 @@ def test_layouts_and_types_of_fastai():
     assert type(z) is TensorImage and torch.equal(z.as_subclass(Tensor), y)
     for mask in (None,'nonzero'): assert image_normalize(x[:0], mask=mask).shape == (0,3,8,9)
     u = torch.arange(16, dtype=torch.int32).to(torch.uint16).view(1,1,4,4)
-    np.testing.assert_allclose(image_normalize(u, mask=lambda x: x > 7), reference(u.int(), ok=u.int().numpy() > 7), atol=1e-6)
-    with pytest.raises(ValueError, match='mask gives'): image_normalize(x, mask=lambda x: x.numpy() > 0)
+    close(image_normalize(u, mask=lambda x: x > 7), reference(u.int(), ok=u.int().numpy() > 7), atol=1e-6)
+    with pytest.raises(ValueError, match='`mask` must give a tensor .* got ndarray'):
+        image_normalize(x, mask=lambda x: x.numpy() > 0)
 
-@pytest.mark.parametrize('kw', [dict(per='batch'), dict(stat='max'), dict(q=(99,1)), dict(q=(-1,50)), dict(q=5), dict(q=(1,101)), dict(clip=(1,0)), dict(clip=3), dict(eps=0), dict(eps=math.inf), dict(mask='zero'),
-                                dict(mask=3), dict(mask=torch.ones(3,3)), dict(ndim=4), dict(ndim=1)])
+@pytest.mark.parametrize('kw', [
+    dict(per='batch'), dict(stat='max'), dict(q=(99,1)), dict(q=(-1,50)), dict(q=5), dict(q=(1,101)), dict(clip=(1,0)),
+    dict(clip=3), dict(eps=0), dict(eps=math.inf), dict(mask='zero'), dict(mask=3), dict(mask=torch.ones(3,3)),
+    dict(ndim=4), dict(ndim=1),
+])
 def test_bad_arguments(kw):
-    with pytest.raises(ValueError, match=next(iter(kw)) if kw != dict(ndim=1) else 'shape'): image_normalize(images(), **kw)
+    name = 'x' if kw == dict(ndim=1) else next(iter(kw))
+    with pytest.raises(ValueError, match=f'^`{name}` must b'): image_normalize(images(), **kw)
 
-@pytest.mark.parametrize('x', [torch.rand(5), torch.rand(1,1,1,1,1,1), torch.rand(2,3,0,4), torch.rand(2,0,3,3), [1,2], np.ones((3,4,4)), torch.zeros(1,2,2, dtype=torch.complex64)])
+@pytest.mark.parametrize('x', [
+    torch.rand(5), torch.rand(1,1,1,1,1,1), torch.rand(2,3,0,4), torch.rand(2,0,3,3), [1,2], np.ones((3,4,4)),
+    torch.zeros(1,2,2, dtype=torch.complex64),
+])
 def test_no_images(x):
-    with pytest.raises(ValueError, match='x'): image_normalize(x)
+    with pytest.raises(ValueError, match='^`x` must be'): image_normalize(x)
 
 sizes = st.tuples(st.integers(1,2), st.integers(1,3), st.integers(1,12), st.integers(1,12))
+types,floats,stats = st.sampled_from(TYPES),st.sampled_from([torch.float32, torch.float64]),st.sampled_from(STATS)
+seeds = st.integers(0, 1000)
 
 @settings(max_examples=120, deadline=None)
-@given(sizes, st.sampled_from(TYPES), st.sampled_from(STATS), st.sampled_from(['channel','image']), st.integers(0, 1000), st.booleans(), st.booleans())
+@given(sizes, types, stats, st.sampled_from(['channel','image']), seeds, st.booleans(), st.booleans())
 def test_any_size_and_type(shape, dtype, stat, per, seed, blank, nan):
     g = torch.Generator().manual_seed(seed)
-    x = (torch.rand(shape, generator=g, dtype=torch.float64)*200*torch.rand(shape[:2]+(1,1), generator=g, dtype=torch.float64)).round(decimals=1)
+    def rand(shape): return torch.rand(shape, generator=g, dtype=torch.float64)
+    x = (rand(shape)*200*rand(shape[:2]+(1,1))).round(decimals=1)
     if blank: x[0,0] = 3
     x = x.to(torch.int64).to(dtype) if not dtype.is_floating_point and dtype != torch.bool else x.to(dtype)
     if nan and dtype.is_floating_point: x[0,0,0,0] = math.nan
@@ -186,7 +226,7 @@ def test_any_size_and_type(shape, dtype, stat, per, seed, blank, nan):
     np.testing.assert_allclose(y.double(), ref, rtol=tol, atol=tol)
 
 @settings(max_examples=120, deadline=None)
-@given(sizes, st.sampled_from([torch.float32, torch.float64]), st.sampled_from(STATS), st.integers(0, 1000), st.integers(-20, 20), st.integers(-1000, 1000), st.booleans())
+@given(sizes, floats, stats, seeds, st.integers(-20, 20), st.integers(-1000, 1000), st.booleans())
 def test_scale_and_shift_of_the_input_do_not_matter(shape, dtype, stat, seed, power, shift, blank):
     "Where the input holds them exactly: integers of 12 bits, a power of two, a whole number"
     g = torch.Generator().manual_seed(seed)
@@ -198,45 +238,57 @@ def test_scale_and_shift_of_the_input_do_not_matter(shape, dtype, stat, seed, po
 
 # --- The transform
 
-def test_decodes_each_sample():
-    x = TensorImage(images((5,3,6,7)).float())
-    for t in ImageNormalize(),ImageNormalize('image','percentile'),ImageNormalize(stat='minmax'),ImageNormalize(mask='nonzero'):
-        y = t(x)
-        assert (y-image_normalize(x, t.per, t.stat, mask=t.mask)).abs().max() == 0
-        tol = 1e-4*(x.amax()-x.amin())
-        for i in (slice(None), slice(1,4), [3,0], torch.tensor([2,2]), torch.tensor([True,False,True,False,False]), slice(None,None,2)): assert (t.decode(y[i])-x[i]).abs().max() < tol
-        assert (t.decode(torch.cat([y[3:],y[:3]]))-torch.cat([x[3:],x[:3]])).abs().max() < tol
-        assert (t.decode(y.to(torch.float64))-x).abs().max() < tol and (t.decode(y.detach().cpu())-x).abs().max() < tol
-        assert (t.decode(torch.cat(tensors=(y[:2],y[2:]), axis=0))-x).abs().max() < tol
-        for o in (pickle.loads(pickle.dumps(y)), copy.deepcopy(y), y.clone(), torch.clone(y)): assert (t.decode(o)-x).abs().max() < tol
-        assert type(t.decode(y)) is TensorImage
+@pytest.mark.parametrize('kw', [{}, dict(per='image', stat='percentile'), dict(stat='minmax'), dict(mask='nonzero')])
+def test_decodes_each_sample(kw):
+    t,x = ImageNormalize(**kw),TensorImage(images((5,3,6,7)).float())
+    y = t(x)
+    assert (y-image_normalize(x, **kw)).abs().max() == 0
+    tol = 1e-4*(x.amax()-x.amin())
+    def gives(o, want=x): return (t.decode(o)-want).abs().max() < tol
+    some = torch.tensor([True,False,True,False,False])
+    for i in (slice(None), slice(1,4), [3,0], torch.tensor([2,2]), some, slice(None,None,2)): assert gives(y[i], x[i])
+    assert gives(torch.cat([y[3:],y[:3]]), torch.cat([x[3:],x[:3]]))
+    assert gives(y.to(torch.float64)) and gives(y.detach().cpu())
+    assert gives(torch.cat(tensors=(y[:2],y[2:]), axis=0))
+    for o in (pickle.loads(pickle.dumps(y)), copy.deepcopy(y), y.clone(), torch.clone(y)): assert gives(o)
+    assert type(t.decode(y)) is TensorImage
 
 def test_what_is_no_longer_the_image_is_not_decoded():
     t,x = ImageNormalize(),TensorImage(images((4,3,6,7)).float())
     y = t(x)
-    for o in (y+1, y*2, y.flip(3), y[0], y[:,1:], y[...,2:], y.mean((2,3)), F.conv2d(y, torch.rand(2,3,3,3)), torch.stack([y,y]), torch.cat([y,y], 1), torch.cat([y,y], axis=1), torch.cat([y,x]), y.max(0).values, *y.unbind(), *y.split(2), y.reshape(2,6,6,7)):
+    parts = y[0],y[:,1:],y[...,2:],*y.unbind(),*y.split(2)
+    joined = torch.stack([y,y]),torch.cat([y,y], 1),torch.cat([y,y], axis=1),torch.cat([y,x])
+    computed = y+1,y*2,y.flip(3),y.mean((2,3)),F.conv2d(y, torch.rand(2,3,3,3)),y.max(0).values,y.reshape(2,6,6,7)
+    for o in (*parts, *joined, *computed):
         assert not isinstance(o, _Normalized) and type(o) is TensorImage and t.decode(o) is not None
-        assert torch.equal(t.decode(o).as_subclass(Tensor), o.as_subclass(Tensor))
+        assert torch.equal(plain(t.decode(o)), plain(o))
 
 def test_what_is_left_alone():
     t = ImageNormalize()
-    for o in (TensorMask(torch.ones(2,8,8).long()), TensorBBox(torch.rand(2,3,4)), TensorPoint(torch.rand(2,3,2)), TensorCategory(torch.tensor([1,0])), torch.tensor([1,2]), torch.rand(2,7), torch.zeros(2,8,8).long(), torch.ones(2,1,4,4).long(), torch.ones(2,1,4,4, dtype=torch.bool)):
-        assert t(o) is o or torch.equal(t(o), o) and type(t(o)) is type(o)
+    typed = (TensorMask(torch.ones(2,8,8).long()), TensorBBox(torch.rand(2,3,4)), TensorPoint(torch.rand(2,3,2)),
+             TensorCategory(torch.tensor([1,0])))
+    others = (torch.tensor([1,2]), torch.rand(2,7), torch.zeros(2,8,8).long(), torch.ones(2,1,4,4).long(),
+              torch.ones(2,1,4,4, dtype=torch.bool))
+    for o in typed+others: assert t(o) is o or torch.equal(t(o), o) and type(t(o)) is type(o)
     b = (TensorImage(torch.rand(2,3,4,4)),TensorMask(torch.ones(2,4,4).long()))
     x,y = t(b)
     assert y is b[1] and torch.equal(t.decode((x,y))[1], b[1])
 
-@pytest.mark.parametrize('x', [TensorImageBW(torch.rand(2,1,5,5)), TensorHPA(torch.rand(2,4,5,5), channels='rgby'), torch.rand(2,6,5,5), torch.rand(2,2,3,4,5)])
+@pytest.mark.parametrize('x', [
+    TensorImageBW(torch.rand(2,1,5,5)), TensorHPA(torch.rand(2,4,5,5), channels='rgby'), torch.rand(2,6,5,5),
+    torch.rand(2,2,3,4,5),
+])
 def test_images_of_any_kind(x):
     t = ImageNormalize()
     y = t(x)
     assert isinstance(y, type(x)) and y.shape == x.shape and y.double().std() > .5
     back = t.decode(y)
-    assert type(back) is type(x) and torch.allclose(back, x, atol=1e-5) and getattr(back, 'channels', None) == getattr(x, 'channels', None)
+    assert type(back) is type(x) and torch.allclose(back, x, atol=1e-5)
+    assert getattr(back, 'channels', None) == getattr(x, 'channels', None)
 
 def test_bad_options():
-    with pytest.raises(ValueError, match='per'): ImageNormalize('all')
-    with pytest.raises(ValueError, match='q='): ImageNormalize(q=(5,1))
+    with pytest.raises(ValueError, match='^`per` must be'): ImageNormalize('all')
+    with pytest.raises(ValueError, match='^`q` must be'): ImageNormalize(q=(5,1))
     assert "'per': 'image'" in repr(ImageNormalize('image'))
 
 
@@ -248,9 +300,10 @@ def folder(tmp_path_factory):
     path,g = tmp_path_factory.mktemp('images'),np.random.default_rng(0)
     for i in range(12):
         c = ('bright','dark')[i%2]
-        (path/c).mkdir(exist_ok=True); (path/'masks').mkdir(exist_ok=True)
+        for d in (c, 'masks'): (path/d).mkdir(exist_ok=True)
         a = (g.random((40,40,3))*(200 if i%2 == 0 else 60)).astype(np.uint8)
-        PILImage.create(a).save(path/c/f'{i}.png'); PILMask.create((a[...,0] > 30).astype(np.uint8)).save(path/'masks'/f'{i}.png')
+        PILImage.create(a).save(path/c/f'{i}.png')
+        PILMask.create((a[...,0] > 30).astype(np.uint8)).save(path/'masks'/f'{i}.png')
     return path
 
 def files(folder): return sorted(f for f in folder.rglob('*.png') if f.parent.name != 'masks')
@@ -259,7 +312,9 @@ def mask_of(f): return f.parent.parent/'masks'/f.name
 def some(items): return [0,1,2,6,7,8],[3,4,5,9,10,11]
 
 def image_dls(folder, tfms=None, mask=False):
-    block = DataBlock((ImageBlock, MaskBlock(codes=['a','b']) if mask else CategoryBlock), get_items=files, get_y=mask_of if mask else parent, splitter=some, batch_tfms=tfms or [*aug_transforms(), ImageNormalize()])
+    target,get_y = (MaskBlock(codes=['a','b']),mask_of) if mask else (CategoryBlock,parent)
+    block = DataBlock((ImageBlock, target), get_items=files, get_y=get_y, splitter=some,
+                      batch_tfms=tfms or [*aug_transforms(), ImageNormalize()])
     return block.dataloaders(folder, bs=3, num_workers=0)
 
 def raw(f): return torch.from_numpy(np.asarray(PILImage.create(f))).permute(2,0,1)
@@ -267,32 +322,41 @@ def raw(f): return torch.from_numpy(np.asarray(PILImage.create(f))).permute(2,0,
 def test_in_a_datablock(folder):
     dls = image_dls(folder, [ImageNormalize()])
     x,y = dls.valid.one_batch()
-    assert torch.allclose(x.mean((2,3)), torch.zeros(3,3), atol=1e-5) and torch.allclose(x.std((2,3), unbiased=False), torch.ones(3,3), atol=1e-4)
-    shown = dls.valid.decode_batch((x,y))
-    for (im,_),f in zip(shown, files(folder)[3:6]): assert (im-raw(f)).abs().max() <= 1  # the original intensities, of each image
+    assert torch.allclose(x.mean((2,3)), torch.zeros(3,3), atol=1e-5)
+    assert torch.allclose(x.std((2,3), unbiased=False), torch.ones(3,3), atol=1e-4)
+    # the original intensities, of each image
+    for (im,_),f in zip(dls.valid.decode_batch((x,y)), files(folder)[3:6]): assert (im-raw(f)).abs().max() <= 1
     dls.valid.show_batch((x,y), max_n=3)
     image_dls(folder).show_batch(max_n=2)
-    for new in (x.flip(3), x+0, x.clone(), x.new_empty(2,3,4,4), x[:2]): dls.valid.decode_batch((new,y))  # which fastai gives the first batch's type
+    # fastai gives these the first batch's type
+    for new in (x.flip(3), x+0, x.clone(), x.new_empty(2,3,4,4), x[:2]): dls.valid.decode_batch((new,y))
     again = pickle.loads(pickle.dumps(dls))
     assert torch.equal(again.valid.one_batch()[0], x)
 
 def test_in_imagedataloaders(folder, tmp_path):
-    for f in files(folder): (tmp_path/parent(f)).mkdir(exist_ok=True); (tmp_path/parent(f)/f.name).write_bytes(f.read_bytes())
-    dls = ImageDataLoaders.from_folder(tmp_path, valid_pct=.5, seed=0, bs=3, num_workers=0, batch_tfms=ImageNormalize('image', 'minmax'))
+    for f in files(folder):
+        (tmp_path/parent(f)).mkdir(exist_ok=True)
+        (tmp_path/parent(f)/f.name).write_bytes(f.read_bytes())
+    tfm = ImageNormalize('image', 'minmax')
+    dls = ImageDataLoaders.from_folder(tmp_path, valid_pct=.5, seed=0, bs=3, num_workers=0, batch_tfms=tfm)
     x,y = dls.valid.one_batch()
     assert torch.allclose(x.amin((1,2,3)), torch.zeros(3)) and torch.allclose(x.amax((1,2,3)), torch.ones(3))
     for (im,_),f in zip(dls.valid.decode_batch((x,y)), dls.valid.items): assert (im-raw(f)).abs().max() <= 1
 
-@pytest.mark.parametrize('target', [torch.rand(2,3,8,8), TensorImage(torch.rand(2,3,8,8)), torch.rand(2,3,8,8).to(torch.uint8), torch.rand(2)], ids=['floats','images','bytes','numbers'])
+TARGETS = dict(floats=torch.rand(2,3,8,8), images=TensorImage(torch.rand(2,3,8,8)),
+               bytes=torch.rand(2,3,8,8).to(torch.uint8), numbers=torch.rand(2))
+
+@pytest.mark.parametrize('target', TARGETS.values(), ids=TARGETS)
 def test_targets_are_no_images(target):
-    "Heat maps, the clean image of a noisy one, what is to be coloured: fastai's own type dispatch knows nothing of inputs and targets"
+    """Heat maps, the clean image of a noisy one, what is to be coloured: fastai's own type dispatch knows nothing of
+    inputs and targets"""
     x,tfm = torch.rand(2,3,8,8)*9,ImageNormalize()
     for b in ((x,target), [x,target]):
         out = tfm(b)
         assert type(out) is type(b) and torch.equal(out[0], image_normalize(x)) and out[1] is target
     assert torch.equal(tfm((x,))[0], image_normalize(x)) and torch.equal(tfm(x), image_normalize(x))
     a,b,y = tfm(((x,[x]),x,target))
-    assert torch.equal(a[0], image_normalize(x)) and torch.equal(a[1][0], image_normalize(x)) and torch.equal(b, image_normalize(x)) and y is target
+    assert all(torch.equal(o, image_normalize(x)) for o in (a[0], a[1][0], b)) and y is target
 
 @pytest.mark.parametrize('n_inp', [1, 2, None])
 def test_the_data_say_how_many_inputs_there_are(n_inp):
@@ -301,7 +365,8 @@ def test_the_data_say_how_many_inputs_there_are(n_inp):
     dsets = Datasets(xs, [[take]]*3, n_inp=n_inp)
     dls = DataLoaders.from_dsets(dsets, dsets, bs=4, num_workers=0, device='cpu', after_batch=ImageNormalize())
     b = dls.valid.one_batch()
-    assert [torch.equal(o.as_subclass(Tensor), image_normalize(torch.stack(xs)).as_subclass(Tensor)) for o in b] == [True, n_inp != 1, False]
+    want = plain(image_normalize(torch.stack(xs)))
+    assert [torch.equal(plain(o), want) for o in b] == [True, n_inp != 1, False]
     test = dls.test_dl(xs).one_batch()
     assert len(test) == dsets.n_inp and all(o.mean().abs() < 1e-5 for o in test)
 
@@ -310,10 +375,11 @@ def test_a_test_set_without_targets_has_as_many_inputs():
     x = [TensorImage(torch.rand(3,8,8)*9) for _ in range(4)]
     items = [(o,o,torch.tensor(1)) for o in x]
     dls = DataLoaders.from_dsets(items, items, bs=4, num_workers=0, device='cpu', after_batch=ImageNormalize())
-    want = image_normalize(torch.stack(x)).as_subclass(Tensor)
+    want = plain(image_normalize(torch.stack(x)))
     dls.valid.one_batch()
-    for dl in (dls.valid, dls.valid.new([o[:2] for o in items]), pickle.loads(pickle.dumps(dls.valid)).new([o[:2] for o in items])):
-        for o in dl.one_batch()[:2]: assert torch.equal(o.as_subclass(Tensor), want)
+    test,again = [o[:2] for o in items],pickle.loads(pickle.dumps(dls.valid))
+    for dl in (dls.valid, dls.valid.new(test), again.new(test)):
+        for o in dl.one_batch()[:2]: assert torch.equal(plain(o), want)
 
 @pytest.mark.parametrize('make', [lambda *o: o, lambda *o: list(o), lambda *o: L(*o), Pair])
 def test_kinds_of_batches(make):
@@ -323,37 +389,43 @@ def test_kinds_of_batches(make):
 
 def test_a_batch_without_images_is_a_warning():
     tfm = ImageNormalize()
-    with pytest.warns(UserWarning, match='parts of a dict'): assert tfm(b := dict(x=torch.rand(2,3,8,8))) is b
-    for b in ((torch.randint(9, (2,3,8,8)), torch.rand(2)), [TensorMask(torch.ones(2,8,8)), TensorMask(torch.ones(2,8,8))]):
+    b = dict(x=torch.rand(2,3,8,8))
+    with pytest.warns(UserWarning, match='no images in a dict'): assert tfm(b) is b
+    masks = [TensorMask(torch.ones(2,8,8)) for _ in range(2)]
+    for b in ((torch.randint(9, (2,3,8,8)), torch.rand(2)), masks):
         with pytest.warns(UserWarning, match='found no image'): assert all(a is o for a,o in zip(tfm(b), b))
 
 def test_a_mask_of_samples_is_not_taken_for_one_of_channels():
     x = images((3,3,4,5))
     per_sample,per_channel = torch.rand(3,1,4,5) > .4,torch.rand(1,3,4,5) > .4
+    doubt,which = 'with samples or with channels',r'.*\[B, 1, \*\].*\[1, C, \*\]'
     for ok in (per_sample, per_channel):
-        np.testing.assert_allclose(image_normalize(x, mask=ok), reference(x, ok=ok.numpy()), atol=1e-11)
+        close(image_normalize(x, mask=ok), reference(x, ok=ok.numpy()))
         for mask in (ok.view(3,4,5), lambda x,ok=ok: ok.view(3,4,5)):
-            with pytest.raises(ValueError, match=r'of samples or of channels.*\[B, 1, \*\].*\[1, C, \*\]'): image_normalize(x, mask=mask)
-    with pytest.raises(ValueError, match=r'does not broadcast.*\[B, 1, \*\]'): image_normalize(x[:2], mask=per_sample[:2,0])
-    np.testing.assert_allclose(image_normalize(x[:2], mask=per_channel[0]), reference(x[:2], ok=per_channel.numpy()), atol=1e-11)  # no doubt here
-    np.testing.assert_allclose(image_normalize(x[0], mask=per_channel[0]), reference(x[:1], ok=per_channel.numpy())[0], atol=1e-11)
+            with pytest.raises(ValueError, match=doubt+which): image_normalize(x, mask=mask)
+    with pytest.raises(ValueError, match='must broadcast to'+which): image_normalize(x[:2], mask=per_sample[:2,0])
+    # no doubt here
+    close(image_normalize(x[:2], mask=per_channel[0]), reference(x[:2], ok=per_channel.numpy()))
+    close(image_normalize(x[0], mask=per_channel[0]), reference(x[:1], ok=per_channel.numpy())[0])
     v = images((2,2,3,4,5))
-    with pytest.raises(ValueError, match='of samples or of channels'): image_normalize(v, mask=torch.rand(2,3,4,5) > .4)
-    with pytest.raises(ValueError, match='of samples or of channels'): image_normalize(v[:,:,0,0], ndim=1, mask=torch.rand(2,5) > .4)
+    with pytest.raises(ValueError, match=doubt): image_normalize(v, mask=torch.rand(2,3,4,5) > .4)
+    with pytest.raises(ValueError, match=doubt): image_normalize(v[:,:,0,0], ndim=1, mask=torch.rand(2,5) > .4)
 
 def test_percentiles_of_another_stat_are_an_error():
     for stat in ('std','minmax'):
         for f in (lambda **kw: image_normalize(images(), **kw), ImageNormalize):
-            with pytest.raises(ValueError, match="is of stat='percentile'"): f(stat=stat, q=(5,95))
+            with pytest.raises(ValueError, match='`q` must be left out'): f(stat=stat, q=(5,95))
 
 @pytest.mark.slow
 @pytest.mark.parametrize('mask', [False,True])
 def test_learners_add_no_normalize_of_their_own(folder, mask, monkeypatch):
     "With stats as of a pretrained net"
     def arch(pretrained=False): return resnet18()
-    monkeypatch.setitem(model_meta, arch, {**{k:v for k,v in model_meta[resnet18].items() if k != 'weights'}, 'stats':imagenet_stats})
-    make = lambda tfms: (unet_learner if mask else vision_learner)(image_dls(folder, tfms, mask), arch, n_out=2, pretrained=True)
-    norms = lambda learn: [type(o) for o in learn.dls.after_batch.fs.filter(risinstance(Normalize))]
+    meta = {k:v for k,v in model_meta[resnet18].items() if k != 'weights'}
+    monkeypatch.setitem(model_meta, arch, {**meta, 'stats':imagenet_stats})
+    learner = unet_learner if mask else vision_learner
+    def make(tfms): return learner(image_dls(folder, tfms, mask), arch, n_out=2, pretrained=True)
+    def norms(learn): return [type(o) for o in learn.dls.after_batch.fs.filter(risinstance(Normalize))]
     assert norms(make([ImageNormalize()])) == [ImageNormalize] and norms(make([*aug_transforms()])) == [Normalize]
     learn = make([ImageNormalize()])
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
@@ -367,9 +439,12 @@ def test_predict_test_dl_export(folder, tmp_path):
         assert (x-raw(fs[0])).abs().max() <= 1
         dl = learn.dls.test_dl(fs[:5], bs=2)
         inp,preds,_ = learn.get_preds(dl=dl, with_input=True)
-        for im,f in zip(dl.decode_batch((inp,)), fs): assert (im[0]-raw(f)).abs().max() <= 1  # joined from three batches
+        # joined from three batches
+        for im,f in zip(dl.decode_batch((inp,)), fs): assert (im[0]-raw(f)).abs().max() <= 1
         learn.export()
-    with warnings.catch_warnings(): warnings.simplefilter('ignore'); new = load_learner(tmp_path/'export.pkl')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        new = load_learner(tmp_path/'export.pkl')
     with new.no_bar(): torch.testing.assert_close(new.predict(fs[0])[2], probs)
 
 def test_hpa(tmp_path):
@@ -395,5 +470,6 @@ def test_a_field_of_view_masks_every_batch():
     view[:,4:] = False
     x[...,4:] += 100
     y = ImageNormalize(mask=view)(x)
-    torch.testing.assert_close(y[...,:4].as_subclass(torch.Tensor), image_normalize(x[...,:4]).as_subclass(torch.Tensor), atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match='it does not broadcast'): ImageNormalize(mask=view)(TensorImage(torch.rand(3,2,8,9)))
+    torch.testing.assert_close(plain(y[...,:4]), plain(image_normalize(x[...,:4])), atol=1e-5, rtol=1e-5)
+    other = TensorImage(torch.rand(3,2,8,9))
+    with pytest.raises(ValueError, match='`mask` must broadcast to'): ImageNormalize(mask=view)(other)

@@ -1,12 +1,13 @@
 "U-Nets in GroupNorm: every scope in every shape that fastai offers, its freezing, saving and loading"
-import gc, warnings
+import gc, re, warnings
 from functools import partial
 
 import pytest, timm, torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from fastai.vision.all import (BnFreeze, CrossEntropyLossFlat, DataLoaders, Dice, MSELossFlat, NormType, OptimWrapper, ProgressCallback, UnetBlock, load_learner, noop, resnet18, set_seed, unet_learner,
-                               xresnet18)
+from fastai.vision.all import (
+    BnFreeze, CrossEntropyLossFlat, DataLoaders, Dice, MSELossFlat, NormType, OptimWrapper, ProgressCallback, UnetBlock,
+    load_learner, noop, resnet18, set_seed, unet_learner, xresnet18)
 import conftest
 from fastai_bn.all import AccumulateGradBN, gn_unet_learner
 from fastai_bn.groupnorm import _Standardized
@@ -30,13 +31,14 @@ def get_dls(n_in=3, size=(32,32), bs=2, n=4):
     return DataLoaders.from_dsets(items, items, bs=bs, num_workers=0, device='cpu')
 
 def get_unet(dls=None, arch=xres, make=gn_unet_learner, **kw):
-    learn = make(dls or get_dls(), arch, **{**dict(pretrained=False, n_out=2, loss_func=CrossEntropyLossFlat(axis=1)), **kw})
+    kw = {**dict(pretrained=False, n_out=2, loss_func=CrossEntropyLossFlat(axis=1)), **kw}
+    learn = make(dls or get_dls(), arch, **kw)
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
     learn.logger = noop
     return learn
 
 def fits(learn):
-    "One epoch changes nearly all parameters that are trained (not what a zero hides, as in attention), and all stay finite"
+    "One epoch changes nearly all trained parameters (not what a zero hides, as in attention), and all stay finite"
     before = {k:p.detach().clone() for k,p in learn.model.named_parameters() if p.requires_grad}
     learn.fit(1, 1e-3)
     for k,p in learn.model.named_parameters(): assert torch.isfinite(p).all(), k
@@ -46,31 +48,41 @@ def fits(learn):
 
 # --- What is where
 
-@pytest.mark.parametrize('arch', [resnet18, xres, partial(timm.create_model, 'efficientnet_b0'), partial(timm.create_model, 'resnet10t')])
+@pytest.mark.parametrize('arch', [
+    resnet18, xres, partial(timm.create_model, 'efficientnet_b0'), partial(timm.create_model, 'resnet10t'),
+])
 @pytest.mark.parametrize('scope,ws', SCOPES)
 def test_norms_are_where_the_scope_says(scope, ws, arch):
     dls = get_dls()
-    m,ref = get_unet(dls, arch, scope=scope, ws=ws).model,get_unet(dls, arch, unet_learner).model
+    m = get_unet(dls, arch, scope=scope, ws=ws).model
+    ref = get_unet(dls, arch, unet_learner).model
     enc,rest = m.layers[0],m.layers[1:]
     assert not bns(rest) and bool(gns(rest)) == (scope != 'none')
     if scope == 'all': assert not bns(m) and len(gns(enc)) == len(bns(ref.layers[0]))
     else: assert len(bns(enc)) == len(bns(ref.layers[0])) and not gns(enc)
-    assert not any(isinstance(o, (nn.InstanceNorm2d, nn.LayerNorm)) and not isinstance(o, nn.GroupNorm) for o in m.modules())
+    others = [o for o in m.modules() if isinstance(o, (nn.InstanceNorm2d, nn.LayerNorm))]
+    assert all(isinstance(o, nn.GroupNorm) for o in others)
     logits = [o for o in m.layers if type(o).__name__ == 'ConvLayer']
-    assert len(logits) == 1 and [type(o) for o in logits[0]] == [nn.Conv2d] and logits[0][0].bias is not None
+    assert len(logits) == 1 and [type(o) for o in logits[0]] == [nn.Conv2d]
+    assert logits[0][0].bias is not None
     assert any(isinstance(o, _Standardized) for o in enc.modules()) == (ws and scope == 'all')
     assert any(isinstance(o, _Standardized) for o in rest.modules()) == ws
     assert [type(o).__name__ for o in m.layers[2:]] == [type(o).__name__ for o in ref.layers[2:]]
-    if scope != 'none': assert len(gns(rest)) == 1+2+4*len([o for o in m.layers if isinstance(o, UnetBlock)])+1+2
+    n_blocks = len([o for o in m.layers if isinstance(o, UnetBlock)])
+    if scope != 'none': assert len(gns(rest)) == 1+2+4*n_blocks+1+2
     fits(get_unet(dls, arch, scope=scope, ws=ws))
 
 def test_num_groups():
     m = get_unet(get_dls(), resnet18, num_groups=4).model
-    assert {(o.num_groups, o.num_channels == 99) for o in gns(m)} == {(4,False), (3,True)}  # 96 + 3 at the end, with the image
+    # 96 + 3 at the end, with the image
+    assert {(o.num_groups, o.num_channels == 99) for o in gns(m)} == {(4,False), (3,True)}
 
-def test_bad_arguments():
-    for kw,what in (dict(scope='encoder'),'encoder'),(dict(norm_type=NormType.Instance),'norm_type'),(dict(scope='none', ws=True),'ws'),(dict(num_groups=0),'num_groups'):
-        with pytest.raises(ValueError, match=what): get_unet(**kw)
+@pytest.mark.parametrize('name,kw', [
+    ('scope',dict(scope='encoder')), ('norm_type',dict(norm_type=NormType.Instance)),
+    ('ws',dict(scope='none', ws=True)), ('num_groups',dict(num_groups=0)),
+])
+def test_bad_arguments(name, kw):
+    with pytest.raises(ValueError, match=f'^`{name}` must be .*, got {re.escape(repr(kw[name]))}'): get_unet(**kw)
 
 def test_logits_say_how_much():
     "A normalised logit has the same mean and variance for every image: it cannot say that there is nothing"
@@ -83,8 +95,10 @@ def test_logits_say_how_much():
 
 # --- In every shape
 
-@pytest.mark.parametrize('kw', [dict(self_attention=True), dict(blur=True), dict(bottle=True), dict(y_range=(-1,2)), dict(n_in=4), dict(n_in=1), dict(last_cross=False),
-                                dict(act_cls=nn.SiLU), dict(blur=True, blur_final=False, bottle=True, self_attention=True)])
+@pytest.mark.parametrize('kw', [
+    dict(self_attention=True), dict(blur=True), dict(bottle=True), dict(y_range=(-1,2)), dict(n_in=4), dict(n_in=1),
+    dict(last_cross=False), dict(act_cls=nn.SiLU), dict(blur=True, blur_final=False, bottle=True, self_attention=True),
+])
 @pytest.mark.parametrize('scope,ws', [('all',True), ('decoder',False), ('none',False)])
 def test_options_of_the_unet(scope, ws, kw):
     learn = get_unet(get_dls(kw.get('n_in', 3), (64,64)), scope=scope, ws=ws, **kw)
@@ -98,7 +112,8 @@ def test_options_of_the_unet(scope, ws, kw):
 def test_odd_sizes(scope, ws, size):
     learn = get_unet(get_dls(size=size), scope=scope, ws=ws)
     fits(learn)
-    assert learn.model.eval()(torch.rand(1,3,41,70)).shape == (1,2,41,70)  # and others than it was made for
+    # and others than it was made for
+    assert learn.model.eval()(torch.rand(1,3,41,70)).shape == (1,2,41,70)
 
 @pytest.mark.parametrize('scope,ws', SCOPES)
 def test_batch_size_1(scope, ws):
@@ -122,7 +137,8 @@ def test_one_image_does_not_depend_on_the_others(mode):
         with torch.no_grad(): assert (m(x[:1])-m(x)[:1]).abs().max() < 1e-6
     m = get_unet(get_dls(size=(64,64)), make=unet_learner).model.double().train(mode)
     with torch.no_grad(): err = (m(x[:2])[:1]-m(x)[:1]).abs().max()
-    assert (err > 1e-2) if mode else (err < 1e-6)  # BN in training mode: what else is in the batch shows
+    # BN in training mode: what else is in the batch shows
+    assert (err > 1e-2) if mode else (err < 1e-6)
 
 
 # --- Pretrained encoders
@@ -132,7 +148,11 @@ def arch(tmp_path):
     "A ResNet-18 whose 'pretrained' weights lie in a file"
     set_seed(1)
     m = resnet18()
-    for o in bns(m): nn.init.normal_(o.weight, 1, .1); nn.init.normal_(o.bias, 0, .1); nn.init.normal_(o.running_mean); nn.init.uniform_(o.running_var, .5, 2)
+    for o in bns(m):
+        nn.init.normal_(o.weight, 1, .1)
+        nn.init.normal_(o.bias, 0, .1)
+        nn.init.normal_(o.running_mean)
+        nn.init.uniform_(o.running_var, .5, 2)
     torch.save(m.state_dict(), tmp_path/'w.pth')
     def f(pretrained=True):
         net = resnet18()
@@ -148,39 +168,48 @@ def test_pretrained_weights_freezing_and_fine_tuning(arch, scope, ws):
         learn = get_unet(arch=arch, scope=scope, ws=ws, pretrained=True)
     assert sum('fine-tune' in str(w.message) for w in rec) == (scope == 'all')
     m = learn.model
-    full = resnet18(); full.load_state_dict(arch.state)
-    for p,q in zip(m.layers[0].parameters(), nn.Sequential(*list(full.children())[:-2]).parameters(), strict=True): assert torch.equal(p, q)
-    if scope != 'all': assert all(torch.equal(a.running_mean, b.running_mean) for a,b in zip(bns(m.layers[0]), bns(full)))
+    full = resnet18()
+    full.load_state_dict(arch.state)
+    body = nn.Sequential(*list(full.children())[:-2])
+    for p,q in zip(m.layers[0].parameters(), body.parameters(), strict=True): assert torch.equal(p, q)
+    if scope != 'all':
+        for a,b in zip(bns(m.layers[0]), bns(full)): assert torch.equal(a.running_mean, b.running_mean)
     norms = {id(p) for o in bns(m)+gns(m) for p in o.parameters()}
     assert {id(p) for ps in learn.opt.param_lists for p in ps} == {id(p) for p in m.parameters()}
     for k,p in m.named_parameters():
-        body = k.startswith('layers.0.')
-        assert p.requires_grad == (not body or id(p) in norms), k
+        assert p.requires_grad == (not k.startswith('layers.0.') or id(p) in norms), k
         assert learn.opt.state[p].get('do_wd', True) == (id(p) not in norms and not k.endswith('bias')), k
     conv = m.layers[0][0].weight.clone()
-    fits(learn); assert torch.equal(conv, m.layers[0][0].weight)
-    learn.unfreeze(); assert all(p.requires_grad for p in m.parameters())
-    learn.fine_tune(1, freeze_epochs=1); assert not torch.equal(conv, m.layers[0][0].weight)
+    fits(learn)
+    assert torch.equal(conv, m.layers[0][0].weight)
+    learn.unfreeze()
+    assert all(p.requires_grad for p in m.parameters())
+    learn.fine_tune(1, freeze_epochs=1)
+    assert not torch.equal(conv, m.layers[0][0].weight)
 
 def test_norms_stay_frozen_without_train_bn(arch):
-    with pytest.warns(UserWarning, match='fine-tune'): learn = get_unet(arch=arch, pretrained=True, train_bn=False, wd_bn_bias=True)
-    assert not any(p.requires_grad for p in learn.model.layers[0].parameters()) and all(p.requires_grad for p in learn.model.layers[1:].parameters())
+    with pytest.warns(UserWarning, match='fine-tune'):
+        learn = get_unet(arch=arch, pretrained=True, train_bn=False, wd_bn_bias=True)
+    assert not any(p.requires_grad for p in learn.model.layers[0].parameters())
+    assert all(p.requires_grad for p in learn.model.layers[1:].parameters())
     assert all(learn.opt.state[p].get('do_wd', True) for p in learn.model.parameters())
     assert learn.pretrained and learn.arch is arch
 
 @pytest.mark.parametrize('n_in', [1,4])
 def test_pretrained_weights_for_other_channels(arch, n_in):
     learn = get_unet(get_dls(n_in), arch=arch, scope='decoder', pretrained=True, n_in=n_in)
-    w = learn.model.layers[0][0].weight
-    assert w.shape[1] == n_in and torch.equal(w[:,0], arch.state['conv1.weight'].sum(1) if n_in == 1 else arch.state['conv1.weight'][:,0])
+    w,saved = learn.model.layers[0][0].weight,arch.state['conv1.weight']
+    assert w.shape[1] == n_in and torch.equal(w[:,0], saved.sum(1) if n_in == 1 else saved[:,0])
     fits(learn)
 
 def test_running_statistics_are_kept_by_bnfreeze(arch):
     "As the documentation says: without train_bn, as long as the encoder is frozen"
     for train_bn in (False,True):
-        learn = get_unet(get_dls(size=(64,64)), arch=arch, scope='decoder', pretrained=True, train_bn=train_bn, cbs=BnFreeze())
+        learn = get_unet(get_dls(size=(64,64)), arch=arch, scope='decoder', pretrained=True, train_bn=train_bn,
+                         cbs=BnFreeze())
         learn.fit(1, 1e-3)
-        assert torch.equal(learn.model.layers[0][1].running_mean, arch.state['bn1.running_mean']) == (not train_bn)
+        kept = torch.equal(learn.model.layers[0][1].running_mean, arch.state['bn1.running_mean'])
+        assert kept == (not train_bn)
 
 def test_an_encoder_with_group_norm_of_its_own(arch):
     for scope in ('all','decoder','none'):
@@ -190,15 +219,18 @@ def test_an_encoder_with_group_norm_of_its_own(arch):
         assert norms and all(o.weight.requires_grad and learn.opt.state[o.weight]['do_wd'] is False for o in norms)
 
 def test_own_splitter_and_optimizer(arch):
-    split = lambda m: [list(m[0].parameters()), list(m[1:].parameters())]
-    with pytest.warns(UserWarning, match='fine-tune'): learn = get_unet(arch=arch, pretrained=True, splitter=split, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
+    def split(m): return [list(m[0].parameters()), list(m[1:].parameters())]
+    opt_func = partial(OptimWrapper, opt=torch.optim.AdamW)
+    with pytest.warns(UserWarning, match='fine-tune'):
+        learn = get_unet(arch=arch, pretrained=True, splitter=split, opt_func=opt_func)
     assert [len(o) for o in learn.opt.param_lists] == [len(o) for o in split(learn.model)]
     fits(learn)
 
 @pytest.mark.parametrize('scope,ws', SCOPES)
 def test_summary_export_load_save(tmp_path, scope, ws):
     xs = torch.rand(4,3,32,32)
-    learn = get_unet(conftest.get_dls(xs, (xs[:,0] > .5).long(), 2), resnet18, scope=scope, ws=ws, path=tmp_path, metrics=Dice())
+    dls = conftest.get_dls(xs, (xs[:,0] > .5).long(), 2)
+    learn = get_unet(dls, resnet18, scope=scope, ws=ws, path=tmp_path, metrics=Dice())
     assert 'GroupNorm' in str(learn.summary()) or scope == 'none'
     fits(learn)
     x = xs[:2]
