@@ -26,7 +26,10 @@ Modules:
 - `fastai_bn.moments`: Count, mean and M2 of what BatchNorm layers see: statistics that merge
 - `fastai_bn.normalize`: `image_normalize`: every image, or every channel of it, by its own statistics; `ImageNormalize`: the same as a batch transform, invertible
 - `fastai_bn.paging`: `ActivationPager`: forward and backward of any model within a fixed amount of device memory, bit for bit the same
+- `fastai_bn.population`: The statistics of a population with fixed weights: what a BatchNorm layer would have to know at inference
 - `fastai_bn.precise`: `precise_bn`: the population statistics of the final weights, instead of a moving average over a changing model
+- `fastai_bn.report`: How far off running statistics are, how noisy BatchNorm's batches are, and what to do about it
+- `fastai_bn.samples`: Which samples a population is measured on: each once, of all processes together, and no random number is drawn for it
 - `fastai_bn.undo`: Stand in for somebody's method, and put it back whatever happens
 - `fastai_bn.unet`: `gn_unet_learner`: fastai's `unet_learner` with GroupNorm everywhere, in the decoder alone, or with no norm outside the encoder
 - `fastai_bn.window`: The micro-batches of one optimizer step, in any PyTorch loop"""

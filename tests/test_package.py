@@ -10,7 +10,7 @@ import fastai_bn
 import fastai_bn.all
 
 root = Path(__file__).resolve().parent.parent
-MODULES = ['moments','capture','batches','window','undo','accumulate','paging','lockstep','precise','groupnorm','unet','normalize','hpa','demo']
+MODULES = ['moments','capture','batches','window','undo','accumulate','paging','lockstep','samples','population','report','precise','groupnorm','unet','normalize','hpa','demo']
 
 def own_names(name):
     "The public names that are defined in a module; `moments` still has those that have moved to `capture`"
