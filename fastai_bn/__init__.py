@@ -36,11 +36,14 @@ Modules:
 - `fastai_bn.normalize`: `image_normalize`: every image by its own statistics; `ImageNormalize`: the same in batches
 - `fastai_bn.paging`: `ActivationPager`: forward and backward of any model within a fixed amount of device memory, bit for bit the same
 - `fastai_bn.pooled`: BatchNorm over micro-batches that are never together: three autograd functions and their gradient
+- `fastai_bn.population`: The statistics of a population with fixed weights: what a BatchNorm layer would have to know at inference
 - `fastai_bn.precise`: `precise_bn`: the population statistics of the final weights, instead of a moving average over a changing model
 - `fastai_bn.processes`: Which processes train together, over which of them BN normalises, and what they add up
 - `fastai_bn.reads`: `print(t)` is no operation: what reads a tensor's memory directly brings the tensor back first
+- `fastai_bn.report`: How far off running statistics are, how noisy BatchNorm's batches are, and what to do about it
 - `fastai_bn.rows`: Centre and scale of each row of a matrix, precise at any offset, with NumPy's percentiles
 - `fastai_bn.samples`: The one place that knows what a sample is: batches are counted, cut and joined
+- `fastai_bn.sampling`: Which samples a population is measured on: each once, of all processes together, and no random number is drawn for it
 - `fastai_bn.storages`: Who is on the device, and how many bytes that is
 - `fastai_bn.turns`: Micro-batches that run side by side and wait for each other: `LockStep`
 - `fastai_bn.undo`: Stand in for somebody's method, and put it back whatever happens

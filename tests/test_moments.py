@@ -1,6 +1,8 @@
 import copy
 
-import numpy as np, pytest, torch
+import numpy as np
+import pytest
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -32,7 +34,8 @@ def test_merge_changes_neither():
 def test_merge_with_nothing():
     a = Moments.of(tilted(4))
     none = Moments(0, torch.zeros(3, dtype=F64), torch.zeros(3, dtype=F64))
-    for m in (a.merge(none), none.merge(a)): assert m.count==a.count and torch.allclose(m.mean, a.mean) and torch.allclose(m.m2, a.m2)
+    for m in (a.merge(none), none.merge(a)):
+        assert m.count==a.count and torch.allclose(m.mean, a.mean) and torch.allclose(m.m2, a.m2)
 
 def test_float32_at_mean_5000():
     x = torch.randn(64,2,8,8) + 5000
@@ -50,12 +53,14 @@ def test_float32_at_mean_5000():
 
 def test_bn_layers():
     shared = nn.BatchNorm1d(2)
-    m = nn.Sequential(nn.BatchNorm2d(2), shared, nn.Sequential(shared, nn.BatchNorm3d(2), nn.SyncBatchNorm(2)), nn.GroupNorm(1,2), nn.InstanceNorm2d(2))
+    inner = nn.Sequential(shared, nn.BatchNorm3d(2), nn.SyncBatchNorm(2))
+    m = nn.Sequential(nn.BatchNorm2d(2), shared, inner, nn.GroupNorm(1,2), nn.InstanceNorm2d(2))
     assert list(bn_layers(m)) == ['0','1','2.1','2.2']
     assert list(bn_layers(nn.BatchNorm2d(2))) == ['']
 
 
-BNS = [(nn.BatchNorm1d,(),8), (nn.BatchNorm1d,(5,),4), (nn.BatchNorm2d,(4,4),2), (nn.BatchNorm3d,(2,3,4),2), (nn.SyncBatchNorm,(4,4),2)]
+BNS = [(nn.BatchNorm1d,(),8), (nn.BatchNorm1d,(5,),4), (nn.BatchNorm2d,(4,4),2), (nn.BatchNorm3d,(2,3,4),2),
+       (nn.SyncBatchNorm,(4,4),2)]
 
 @pytest.mark.parametrize('momentum', [.1, .37, None])
 @pytest.mark.parametrize('affine', [True, False])
@@ -97,13 +102,16 @@ def test_gradients_are_the_native_ones():
 def test_a_layer_used_twice_pools():
     bn = nn.BatchNorm2d(3).double()
     x,y = tilted(4),tilted(2, seed=1)
-    with capture_moments({'bn':bn}) as cap: bn(x); bn(y)
+    with capture_moments({'bn':bn}) as cap:
+        bn(x)
+        bn(y)
     both = Moments.of(torch.cat([x,y]))
     torch.testing.assert_close(of(cap.moments)['bn'].var(), both.var(), rtol=1e-12, atol=0)
     assert of(cap.moments)['bn'].count == both.count
 
 def test_what_does_not_count():
-    layers = dict(ev=nn.BatchNorm2d(3).eval(), untracked=nn.BatchNorm2d(3, track_running_stats=False), off=nn.BatchNorm2d(3), unused=nn.BatchNorm2d(3))
+    layers = dict(ev=nn.BatchNorm2d(3).eval(), untracked=nn.BatchNorm2d(3, track_running_stats=False),
+                  off=nn.BatchNorm2d(3), unused=nn.BatchNorm2d(3))
     layers['off'].track_running_stats = False
     before = copy.deepcopy({k:m.state_dict() for k,m in layers.items()})
     x = tilted(4).float()
@@ -116,7 +124,9 @@ def test_what_does_not_count():
 def test_empty_batch_counts_for_nothing():
     bn = nn.BatchNorm2d(3).double()
     x = tilted(4)
-    with capture_moments({'bn':bn}) as cap: bn(x); bn(x[:0])
+    with capture_moments({'bn':bn}) as cap:
+        bn(x)
+        bn(x[:0])
     torch.testing.assert_close(of(cap.moments)['bn'].mean, x.mean((0,2,3)))
 
 def test_nan_does_not_outlive_its_capture():
@@ -140,8 +150,10 @@ def test_exceptions_restore():
     with pytest.raises(RuntimeError):
         with capture_moments({'b':bn_in_forward}): bn_in_forward(torch.randn(2,3,4,4))
     for l in (bn, bn_in_forward):
-        assert 'forward' not in l.__dict__ and l.momentum == .1 and l.num_batches_tracked == 0 and (l.running_var==1).all()
-    assert bn.running_mean is rm and bn.num_batches_tracked is nbt  # the objects themselves: references to them stay good
+        assert 'forward' not in l.__dict__ and l.momentum == .1
+        assert l.num_batches_tracked == 0 and (l.running_var==1).all()
+    # the objects themselves: references to them stay good
+    assert bn.running_mean is rm and bn.num_batches_tracked is nbt
 
 def test_somebody_elses_forward_stays():
     bn = nn.BatchNorm2d(3)
@@ -180,7 +192,8 @@ def test_autocast_and_channels_last():
     torch.testing.assert_close(of(cap.moments)['1'].var().float(), ref.var(), rtol=.05, atol=1e-3)
 
 def test_layers_of_several_dtypes_and_widths():
-    layers = dict(a=nn.BatchNorm2d(3), b=nn.BatchNorm2d(65).double(), c=nn.BatchNorm2d(64).bfloat16(), d=nn.BatchNorm2d(1))
+    layers = dict(a=nn.BatchNorm2d(3), b=nn.BatchNorm2d(65).double(), c=nn.BatchNorm2d(64).bfloat16(),
+                  d=nn.BatchNorm2d(1))
     refs,total = copy.deepcopy(layers),BNMoments()
     xs = {k:tilted(4, m.num_features).to(m.weight.dtype) for k,m in layers.items()}
     for _ in range(2):
@@ -189,7 +202,8 @@ def test_layers_of_several_dtypes_and_widths():
         update_running_stats(layers, cap.moments)
         total = total.merge(cap.moments)
     for k,m in layers.items():
-        torch.testing.assert_close(m.state_dict(), refs[k].state_dict(), rtol=2e-2 if k=='c' else 1e-5, atol=1e-2 if k=='c' else 1e-5)
+        tol = dict(rtol=2e-2, atol=1e-2) if k == 'c' else dict(rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(m.state_dict(), refs[k].state_dict(), **tol)
         assert of(total)[k].count == 2*4*36 and of(total)[k].mean.shape == (m.num_features,)
 
 def test_captures_of_different_layers_do_not_merge():

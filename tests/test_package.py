@@ -12,7 +12,8 @@ import fastai_bn.all
 root = Path(__file__).resolve().parent.parent
 MODULES = ['moments','layers','processes','diversion','capture','samples','batches','window','undo','epochs',
            'accumulate','forecast','copies','storages','mover','reads','paging','pooled','turns','lockstep',
-           'precise','groupnorm','unet','rows','normalize','hpa','draw','demo']
+           'sampling','population','report','precise',
+           'groupnorm','unet','rows','normalize','hpa','draw','demo']
 
 def own_names(name):
     "The public names that are defined in a module; `moments` still has those that have moved to `capture`"

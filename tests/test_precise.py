@@ -1,20 +1,30 @@
-import copy, random, warnings
+import copy
+import random
+import subprocess
+import sys
+import warnings
 
-import numpy as np, pytest, torch
+import numpy as np
+import pytest
+import torch
 import torch.multiprocessing as mp
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from fastai.basics import (Callback, CancelValidException, DataLoader, DataLoaders, Datasets, L, Learner, MSELossFlat, TfmdDL, accuracy, noop, set_seed)
+from fastai.basics import (Callback, CancelValidException, DataLoader, DataLoaders, Datasets, L, Learner, MSELossFlat,
+                           TfmdDL, accuracy, noop, set_seed)
 from fastai.callback.core import FetchPredsCallback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import ShortEpochCallback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import load_learner
 
+import fastai_bn.precise
 from fastai_bn.accumulate import AccumulateGradBN
 from fastai_bn.moments import BNMoments, bn_layers, capture_moments
-from fastai_bn.precise import *
-from conftest import At, F64, assert_pristine, conv_net, do_fit, get_dls, get_learner, labels, rounding, snapshot, tilted
+from fastai_bn.population import Population
+from fastai_bn.precise import PreciseBN, bn_state, load_bn_state, precise_bn
+from conftest import (At, F64, assert_pristine, conv_net, do_fit, get_dls, get_learner, labels, rounding, snapshot,
+                      tilted)
 
 
 def reference(xs):
@@ -36,7 +46,9 @@ def test_against_numpy(sizes):
     mean_of_vars = np.mean([reference([o])[1] for o in x.split(sizes)], 0)
     if len(sizes) > 1: assert not np.allclose(mean_of_vars, var, rtol=.02)
 
-@pytest.mark.parametrize('cls,size', [(nn.BatchNorm1d,()), (nn.BatchNorm1d,(7,)), (nn.BatchNorm3d,(2,3,4)), (nn.SyncBatchNorm,(4,4))])
+KINDS = [(nn.BatchNorm1d,()), (nn.BatchNorm1d,(7,)), (nn.BatchNorm3d,(2,3,4)), (nn.SyncBatchNorm,(4,4))]
+
+@pytest.mark.parametrize('cls,size', KINDS)
 def test_all_kinds_of_bn(cls, size):
     x = tilted(8, size=size)
     m = first_bn(cls)
@@ -60,7 +72,8 @@ def test_float32_at_mean_5000():
     m = first_bn().float()
     precise_bn(m, x.split(2), progress=False)
     np.testing.assert_allclose(m[0].running_var, reference([x])[1], rtol=1e-3)
-    np.testing.assert_allclose(m[0].running_mean, reference([x])[0], rtol=rounding(4, 1, torch.float32))  # that of a batch is rounded, and the result
+    # the mean of a batch is rounded, and the result
+    np.testing.assert_allclose(m[0].running_mean, reference([x])[0], rtol=rounding(4, 1, torch.float32))
 
 def test_dropout_is_off_and_comes_back():
     m = nn.Sequential(nn.Dropout(.9), nn.BatchNorm2d(3), nn.Dropout(.3).eval(), nn.BatchNorm2d(3).eval()).double()
@@ -69,11 +82,14 @@ def test_dropout_is_off_and_comes_back():
     precise_bn(m, x.split(4), progress=False)
     np.testing.assert_allclose(m[1].running_var, reference([x])[1], rtol=1e-12)
     assert [o.training for o in m.modules()] == modes
-    assert (m[3].running_var != 1).any()  # eval mode is no reason to leave a layer out: a model is in it after validation
+    # eval mode is no reason to leave a layer out: a model is in it after validation
+    assert (m[3].running_var != 1).any()
 
 def test_a_layer_used_twice_or_never():
     class Net(nn.Module):
-        def __init__(self): super().__init__(); self.twice,self.never = nn.BatchNorm2d(3),nn.BatchNorm2d(5)
+        def __init__(self):
+            super().__init__()
+            self.twice,self.never = nn.BatchNorm2d(3),nn.BatchNorm2d(5)
         def forward(self, x): return self.twice(2*self.twice(x)+1)
     m,x = Net().double(),tilted(6)
     t = precise_bn(m, [x], progress=False).set_index('layer')
@@ -107,7 +123,7 @@ def test_same_as_the_large_batch_of_torch():
     ref = conv_net(momentum=1.)
     ref(x)
     precise_bn(m, [x], progress=False)
-    torch.testing.assert_close([m[i].running_var for i in (1,4)], [ref[i].running_var for i in (1,4)], rtol=1e-12, atol=0)
+    for i in (1,4): torch.testing.assert_close(m[i].running_var, ref[i].running_var, rtol=1e-12, atol=0)
 
 @pytest.mark.parametrize('n,samples', [(1,4), (4,4), (5,8), (10_000,18)])
 def test_n(n, samples):
@@ -121,7 +137,8 @@ def test_table_says_how_far_off():
     m[0].running_mean.copy_(torch.tensor(mean + .5*np.sqrt(var+m[0].eps)))
     m[0].running_var.copy_(torch.tensor((var+m[0].eps)*[.5,2,4]-m[0].eps))
     t = precise_bn(m, [x], progress=False)
-    assert t.columns.tolist() == ['layer','channels','samples','values','mean_shift','var_ratio','worst_channel','batch_noise']
+    names = 'layer channels samples values mean_shift var_ratio worst_channel batch_noise'
+    assert t.columns.tolist() == names.split()
     assert t.worst_channel[0] == 2 and np.isnan(t.batch_noise[0])
     assert t.layer[0] == '0' and t.channels[0] == 3
     assert t.mean_shift[0] == pytest.approx(.5, rel=1e-9) and t.var_ratio[0] == pytest.approx(4**(1/3), rel=1e-9)
@@ -129,21 +146,27 @@ def test_table_says_how_far_off():
     assert t.mean_shift[0] < 1e-12 and t.var_ratio[0] == pytest.approx(1, rel=1e-12)
 
 def test_blank_channels():
-    x = tilted(8); x[:,1] = 0
+    x = tilted(8)
+    x[:,1] = 0
     m = first_bn()
     t = precise_bn(m, [x], progress=False)
     assert m[0].running_var[1] == 0 and np.isfinite(t.var_ratio[0]) and np.isfinite(t.mean_shift[0])
 
 def test_batches_of_all_shapes():
     x,y = tilted(4),labels(4)
-    ref = first_bn(); precise_bn(ref, [x], progress=False)
+    ref = first_bn()
+    precise_bn(ref, [x], progress=False)
     for b in (x, (x,), (x,y), [x,y]):
-        m = first_bn(); precise_bn(m, [b], progress=False)
+        m = first_bn()
+        precise_bn(m, [b], progress=False)
         assert torch.equal(m[0].running_var, ref[0].running_var)
     class Two(nn.Module):
-        def __init__(self): super().__init__(); self.bn = nn.BatchNorm2d(3).double()
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3).double()
         def forward(self, a, b): return self.bn(a+b)
-    m = Two(); precise_bn(m, [(x,x,y)], n_inp=2, progress=False)
+    m = Two()
+    precise_bn(m, [(x,x,y)], n_inp=2, progress=False)
     np.testing.assert_allclose(m.bn.running_var, reference([2*x])[1], rtol=1e-12)
 
 def test_a_last_batch_of_one_behind_pooling():
@@ -154,7 +177,9 @@ def test_a_last_batch_of_one_behind_pooling():
     with pytest.raises(ValueError, match="layer '2'"): precise_bn(m, x.split(1), progress=False)
 
 class Named(nn.Module):
-    def __init__(self): super().__init__(); self.bn = nn.BatchNorm2d(3).double()
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3).double()
     def forward(self, image, scale=1.): return self.bn(image*scale)
 class Whole(Named):
     def forward(self, batch): return self.bn(batch['image'])
@@ -165,7 +190,8 @@ class Any(Named):
 def test_dict_batches(cls):
     x = tilted(9)
     m = cls()
-    assert precise_bn(m, [dict(image=o, label=labels(len(o))) for o in x.split(4)], progress=False).samples[0] == 9  # the single one joins
+    batches = [dict(image=o, label=labels(len(o))) for o in x.split(4)]
+    assert precise_bn(m, batches, progress=False).samples[0] == 9  # the single one joins
     np.testing.assert_allclose(m.bn.running_var, reference([x])[1], rtol=1e-12)
     if cls is Named:
         precise_bn(m, [dict(image=x, scale=2.)], progress=False)
@@ -188,29 +214,39 @@ def test_bn_bs_is_the_batch_that_normalises(sizes, bn_bs):
     precise_bn(m, x.split(sizes), bn_bs=bn_bs, progress=False)
     assert all(torch.equal(a, b) for a,b in zip(m.state_dict().values(), ref.state_dict().values()))
     if len(sizes) > 1 and bn_bs > max(sizes):
-        as_they_come = conv_net(); precise_bn(as_they_come, x.split(sizes), progress=False)
+        as_they_come = conv_net()
+        precise_bn(as_they_come, x.split(sizes), progress=False)
         assert not torch.allclose(as_they_come[4].running_var, m[4].running_var, rtol=1e-3)
 
 def test_bn_bs_and_n():
     assert precise_bn(conv_net(), tilted(40).split(2), n=9, bn_bs=4, progress=False).samples[0] == 12
     learn = get_learner(get_dls(tilted(21), labels(21), 2), conv_net())
     assert learn.precise_bn(bn_bs=8).samples[0] == 21
-    ref = conv_net(); precise_bn(ref, tilted(21).split(8), progress=False)
+    ref = conv_net()
+    precise_bn(ref, tilted(21).split(8), progress=False)
 
 @pytest.mark.filterwarnings('ignore:A budget on the CPU', 'ignore:.*alone needs')
 def test_budget_changes_no_bit():
-    def wide(): torch.manual_seed(0); return nn.Sequential(nn.Conv2d(3,16,3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16,16,3), nn.BatchNorm2d(16))
+    def wide():
+        torch.manual_seed(0)
+        layers = nn.Conv2d(3,16,3),nn.BatchNorm2d(16),nn.ReLU(),nn.Conv2d(16,16,3),nn.BatchNorm2d(16)
+        return nn.Sequential(*layers)
     x = torch.randn(20,3,32,32)
     a,b = wide(),wide()
-    precise_bn(a, x.split(4), bn_bs=10, progress=False); precise_bn(b, x.split(4), bn_bs=10, budget=1, progress=False)
+    precise_bn(a, x.split(4), bn_bs=10, progress=False)
+    precise_bn(b, x.split(4), bn_bs=10, budget=1, progress=False)
     assert all(torch.equal(p, q) for p,q in zip(a.state_dict().values(), b.state_dict().values()))
     assert a[1].running_mean.abs().max() > 0
 
 # --- Work stops after the last BN layer
 
 class Counted(nn.Module):
-    def __init__(self): super().__init__(); self.n = 0
-    def forward(self, x): self.n += 1; return x
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+    def forward(self, x):
+        self.n += 1
+        return x
 
 def test_what_comes_after_the_last_layer_runs_once():
     m,ref,x = conv_net(),conv_net(),tilted(12)
@@ -221,14 +257,17 @@ def test_what_comes_after_the_last_layer_runs_once():
     for b in x.split(3):  # all the way
         with torch.no_grad(), capture_moments(bn_layers(ref)) as cap: ref(b)
         total = total.merge(cap.moments)
-    for k,o in total.items(): torch.testing.assert_close(dict(m.named_modules())[k].running_var, o.var(), rtol=0, atol=0)
+    layers = bn_layers(m)
+    for k,o in total.items(): torch.testing.assert_close(layers[k].running_var, o.var(), rtol=0, atol=0)
     assert not any(o._forward_hooks for o in m.modules())
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['twice','never','sometimes twice','compiled'])
 def test_it_runs_through_where_stopping_is_not_safe(kind):
     class Net(nn.Module):
-        def __init__(self): super().__init__(); self.a,self.b,self.head,self.n = nn.BatchNorm2d(3),nn.BatchNorm2d(3),Counted(),0
+        def __init__(self):
+            super().__init__()
+            self.a,self.b,self.head,self.n = nn.BatchNorm2d(3),nn.BatchNorm2d(3),Counted(),0
         def forward(self, x):
             self.n += 1
             x = self.a(x)
@@ -245,7 +284,9 @@ def test_it_runs_through_where_stopping_is_not_safe(kind):
 
 def test_an_except_clause_in_the_model_does_not_swallow_the_stop():
     class Net(nn.Module):
-        def __init__(self): super().__init__(); self.bn,self.head = nn.BatchNorm2d(3),Counted()
+        def __init__(self):
+            super().__init__()
+            self.bn,self.head = nn.BatchNorm2d(3),Counted()
         def forward(self, x):
             try: x = self.bn(x)
             except Exception: raise AssertionError
@@ -262,15 +303,20 @@ def test_batch_noise_by_hand():
     mean,var = x.mean((0,2,3)),x.var((0,2,3), correction=0)
     between = torch.stack([((b.mean((0,2,3))-mean)**2) for b in x.split(3)]).mean(0)
     assert t.batch_noise[0] == pytest.approx((between/(var+1e-5)).mean().sqrt().item(), rel=1e-9)
-    noise = [precise_bn(first_bn(), torch.randn(4000,3,1,1, dtype=F64).split(k), progress=False).batch_noise[0] for k in (4,16)]
-    assert noise == pytest.approx([.5, .25], rel=.05)  # independent values: one over the root of their number
-    blank = tilted(8); blank[:,1] = 0
+    def noise(bs):
+        values = torch.randn(4000,3,1,1, dtype=F64)
+        return precise_bn(first_bn(), values.split(bs), progress=False).batch_noise[0]
+    # independent values: one over the root of their number
+    assert [noise(4), noise(16)] == pytest.approx([.5, .25], rel=.05)
+    blank = tilted(8)
+    blank[:,1] = 0
     assert np.isfinite(precise_bn(first_bn(), blank.split(4), progress=False).batch_noise[0])
 
 # --- One set of statistics per domain
 
 def test_bn_state_round_trip():
-    m = nn.Sequential(nn.BatchNorm2d(3, momentum=None), nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3)).double()
+    untracked = nn.BatchNorm2d(3, track_running_stats=False)
+    m = nn.Sequential(nn.BatchNorm2d(3, momentum=None), untracked, nn.BatchNorm2d(3)).double()
     m(tilted(4))
     keep = bn_state(m)
     assert list(keep) == [f'{i}.{k}' for i in (0,2) for k in ('running_mean','running_var','num_batches_tracked')]
@@ -282,9 +328,13 @@ def test_bn_state_round_trip():
     assert m[0].running_mean is rm
     assert list(bn_state(m[0])) == ['running_mean','running_var','num_batches_tracked']
 
-@pytest.mark.parametrize('other', [nn.Sequential(nn.BatchNorm2d(4)), nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)), nn.Sequential(nn.Conv2d(3,3,1)), nn.BatchNorm2d(3)])
+OTHERS = [nn.Sequential(nn.BatchNorm2d(4)), nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)),
+          nn.Sequential(nn.Conv2d(3,3,1)), nn.BatchNorm2d(3)]
+
+@pytest.mark.parametrize('other', OTHERS)
 def test_another_models_state(other):
-    m = nn.Sequential(nn.BatchNorm2d(3)); m(torch.randn(4,3,2,2))
+    m = nn.Sequential(nn.BatchNorm2d(3))
+    m(torch.randn(4,3,2,2))
     before = snapshot(m)
     with pytest.raises(ValueError, match="another model's"): load_bn_state(m, bn_state(other))
     torch.testing.assert_close(snapshot(m), before, rtol=0, atol=0)
@@ -296,7 +346,9 @@ def rng(): return random.random(), np.random.rand(), torch.rand(1).item()
 def test_random_numbers_go_on_as_if_nothing_was():
     learn = get_learner(get_dls(tilted(20), labels(20), 4, shuffle=True), conv_net())
     def after(f):
-        random.seed(1); np.random.seed(1); torch.manual_seed(1)
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
         f()
         return rng()
     assert after(lambda: None) == after(lambda: learn.precise_bn())
@@ -316,7 +368,8 @@ def test_the_training_dataloader_shuffles_on_as_if_nothing_was():
 def test_a_dataloaders_own_generator_goes_on_as_if_nothing_was():
     x,m = tilted(20),conv_net()
     def torch_order(f):
-        dl = torch.utils.data.DataLoader(list(zip(x,labels(20))), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(3))
+        g = torch.Generator().manual_seed(3)
+        dl = torch.utils.data.DataLoader(list(zip(x,labels(20))), batch_size=4, shuffle=True, generator=g)
         f(dl)
         return torch.cat([b[1] for b in dl])
     def fastai_order(f):
@@ -353,7 +406,10 @@ def test_exceptions_change_nothing(where, exc):
         if where == 'data': raise exc
         yield tilted(2)
     m = conv_net()
-    m.insert(2, Bad()); m[0].eval(); m.train(False); m[3].train()
+    m.insert(2, Bad())
+    m[0].eval()
+    m.train(False)
+    m[3].train()
     before,modes = snapshot(m),[o.training for o in m.modules()]
     state = torch.get_rng_state()
     with pytest.raises(exc): precise_bn(m, data())
@@ -362,7 +418,8 @@ def test_exceptions_change_nothing(where, exc):
     assert not any('forward' in o.__dict__ for o in m.modules()) and m[1].momentum == .1
 
 def test_values_that_are_not_finite():
-    x = tilted(8); x[5,1,2,2] = float('nan')
+    x = tilted(8)
+    x[5,1,2,2] = float('nan')
     m = conv_net()
     before = snapshot(m)
     with pytest.raises(ValueError, match="layer '1'.*not finite"): precise_bn(m, x.split(4), progress=False)
@@ -381,11 +438,19 @@ def test_no_gradients_are_kept():
     precise_bn(m, [tilted(4)], progress=False)
     assert seen == [False] and all(p.grad is None for p in m.parameters())
 
+@pytest.mark.slow
+def test_a_population_needs_no_learner():
+    "It is plain PyTorch"
+    code = ("import sys, fastai_bn.population, fastai_bn.report\n"
+            "print({'fastai.learner','fastai.basics','fastai_bn.accumulate'} & sys.modules.keys())")
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == 'set()\n'
+
 # --- Learner
 
 def test_learner_takes_all_of_the_training_set():
     xs = tilted(21)
-    learn = get_learner(get_dls(xs, labels(21), 4, drop_last=True, shuffle=True, valid=(xs[:3],labels(3))), first_bn(), cbs=[])
+    dls = get_dls(xs, labels(21), 4, drop_last=True, shuffle=True, valid=(xs[:3],labels(3)))
+    learn = get_learner(dls, first_bn(), cbs=[])
     learn.model(xs)
     t = learn.precise_bn()
     assert t.samples[0] == 21
@@ -396,14 +461,17 @@ def test_learner_on_another_domain():
     xs = tilted(21)
     learn = get_learner(get_dls(xs, labels(21), 4), first_bn())
     other = 5*tilted(10, seed=3)+2
-    for dl in (get_dls(other, labels(10), 5).valid, torch.utils.data.DataLoader(list(zip(other,labels(10))), batch_size=5), other.split(5)):
+    of_torch = torch.utils.data.DataLoader(list(zip(other,labels(10))), batch_size=5)
+    for dl in (get_dls(other, labels(10), 5).valid, of_torch, other.split(5)):
         learn.model[0].reset_running_stats()
         learn.precise_bn(dl=dl)
         np.testing.assert_allclose(learn.model[0].running_mean, reference([other])[0], rtol=1e-9)
 
 def test_multi_input_learner():
     class Two(nn.Module):
-        def __init__(self): super().__init__(); self.bn,self.l = nn.BatchNorm2d(3),nn.Linear(3,5)
+        def __init__(self):
+            super().__init__()
+            self.bn,self.l = nn.BatchNorm2d(3),nn.Linear(3,5)
         def forward(self, a, b): return self.l(self.bn(a+b).mean((2,3)))
     xs,ys = tilted(8).float(),labels(8)
     ds = Datasets(range(8), [[At(xs)],[At(xs)],[At(ys)]], n_inp=2)
@@ -428,11 +496,15 @@ def test_a_tensor_is_no_batches():
     with pytest.raises(ValueError, match='split'): precise_bn(conv_net(), tilted(4))
 
 def test_no_data():
-    m = conv_net(); before = snapshot(m)
+    m = conv_net()
+    before = snapshot(m)
     with pytest.raises(ValueError, match='no batch'): precise_bn(m, [])
     torch.testing.assert_close(snapshot(m), before, rtol=0, atol=0)
 
-@pytest.mark.parametrize('model', [nn.Sequential(nn.Conv2d(3,3,3)), nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), nn.Sequential(nn.BatchNorm2d(3).requires_grad_(False))])
+NOTHING = [nn.Sequential(nn.Conv2d(3,3,3)), nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)),
+           nn.Sequential(nn.BatchNorm2d(3).requires_grad_(False))]
+
+@pytest.mark.parametrize('model', NOTHING)
 def test_nothing_to_update_says_so(model):
     with pytest.warns(UserWarning, match='no layer to update'): t = precise_bn(model, [tilted(4)])
     assert len(t) == 0 and 'mean_shift' in t
@@ -442,8 +514,9 @@ def test_bad_bn_bs(bn_bs):
     with pytest.raises(ValueError, match='bn_bs='): precise_bn(conv_net(), [tilted(4)], bn_bs=bn_bs)
 
 def test_items_of_several_sizes_cannot_be_joined():
-    with pytest.raises(ValueError, match='cannot be joined'): precise_bn(conv_net(), [tilted(2), tilted(2, size=(8,8))], bn_bs=4, progress=False)
-    precise_bn(conv_net(), [tilted(2), tilted(2, size=(8,8))], progress=False)
+    batches = [tilted(2), tilted(2, size=(8,8))]
+    with pytest.raises(ValueError, match='cannot be joined'): precise_bn(conv_net(), batches, bn_bs=4, progress=False)
+    precise_bn(conv_net(), batches, progress=False)
 
 # --- Report
 
@@ -458,10 +531,12 @@ def test_report_changes_nothing(capsys):
     plt.close('all')
     torch.testing.assert_close(snapshot(learn.model), before, rtol=0, atol=0)
     assert [o.training for o in learn.model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
-    assert ' '.join(t.attrs['advice']) in ' '.join(capsys.readouterr().out.split('\n')) and 'precise_bn' in t.attrs['advice'][0]
+    said,advice = capsys.readouterr().out,t.attrs['advice']
+    assert ' '.join(advice) in ' '.join(said.split('\n')) and 'precise_bn' in advice[0]
     learn.bn_report(plot=False)
     assert not plt.get_fignums()
-    torch.testing.assert_close(learn.precise_bn(n=1000)[['mean_shift','var_ratio']].values, t[['mean_shift','var_ratio']].values, rtol=0, atol=0)
+    off = ['mean_shift','var_ratio']
+    torch.testing.assert_close(learn.precise_bn(n=1000)[off].values, t[off].values, rtol=0, atol=0)
     learn.precise_bn(bn_bs=20)
     assert 'precise_bn' not in ' '.join(learn.bn_report(dl=tilted(20).split(20), plot=False).attrs['advice'])
 
@@ -469,8 +544,11 @@ def test_report_changes_nothing(capsys):
 
 def precise_fit(cb, n_epoch=3, cbs=(), lr=.1, **kw):
     xs,ys = tilted(24),labels(24)
-    random.seed(0); torch.manual_seed(0) # each DataLoader draws its own generator's seed when it is made
-    learn = get_learner(get_dls(xs, ys, 2, shuffle=True, valid=(tilted(10, seed=5),labels(10, seed=5))), conv_net(), [*L(cb), *L(cbs)], metrics=accuracy, **kw)
+    # each DataLoader draws its own generator's seed when it is made
+    random.seed(0)
+    torch.manual_seed(0)
+    dls = get_dls(xs, ys, 2, shuffle=True, valid=(tilted(10, seed=5),labels(10, seed=5)))
+    learn = get_learner(dls, conv_net(), [*L(cb), *L(cbs)], metrics=accuracy, **kw)
     do_fit(learn, n_epoch, lr)
     return learn
 
@@ -480,7 +558,8 @@ class Stats(Callback):
     def before_fit(self): self.stats,self.valid = [],[]
     def after_epoch(self):
         if not hasattr(self, 'epoch') or len(self.recorder.values) == len(self.stats): return
-        self.stats.append(bn_state(self.model)); self.valid.append(list(self.recorder.values[-1]))
+        self.stats.append(bn_state(self.model))
+        self.valid.append(list(self.recorder.values[-1]))
 
 def test_the_callback_does_not_hide_the_method():
     learn = precise_fit(PreciseBN(), 1)
@@ -499,11 +578,19 @@ def test_training_is_not_changed():
 @pytest.mark.parametrize('every,epochs', [(1,[0,1,2,3,4]), (2,[1,3,4]), (9,[4])])
 def test_every(every, epochs, monkeypatch):
     calls = []
-    real = Learner._measured
-    monkeypatch.setattr(Learner, '_measured', lambda self, *a, **k: (calls.append(self.epoch), real(self, *a, **k))[1])
-    learn = precise_fit(PreciseBN(every=every), 5)
+    class Epoch(Callback):
+        def before_epoch(self): self.now = self.learn.epoch
+    real,clock = fastai_bn.precise.measure,Epoch()
+    def measure(*args, **kwargs):
+        calls.append(clock.now)
+        return real(*args, **kwargs)
+    monkeypatch.setattr(fastai_bn.precise, 'measure', measure)
+    learn = precise_fit(PreciseBN(every=every), 5, clock)
     assert calls == epochs
-    ref = conv_net(); ref.load_state_dict(learn.model.state_dict()); precise_bn(ref, tilted(24).split(2), progress=False)  # order matters in deeper layers only
+    # order matters in deeper layers only
+    ref = conv_net()
+    ref.load_state_dict(learn.model.state_dict())
+    precise_bn(ref, tilted(24).split(2), progress=False)
     torch.testing.assert_close(learn.model[1].running_var, ref[1].running_var, rtol=1e-12, atol=0)
 
 def test_what_is_recorded_is_validated_with_precise_statistics():
@@ -518,23 +605,28 @@ def test_keep_if_better_never_loses(name):
     plain,always = precise_fit([], 6, Stats()),precise_fit(PreciseBN(), 6, Stats())
     i = 1 if name == 'valid_loss' else 2
     better = min if name == 'valid_loss' else max
-    assert learn.stats.valid[0][i] == better(plain.stats.valid[0][i], always.stats.valid[0][i])  # later the moving averages begin elsewhere
+    # later the moving averages begin elsewhere
+    assert learn.stats.valid[0][i] == better(plain.stats.valid[0][i], always.stats.valid[0][i])
     assert [v[0] for v in learn.stats.valid] == [v[0] for v in plain.stats.valid]  # train loss
     assert len(learn.recorder.values) == 6
     final = learn.stats.valid[-1][1:]
-    with learn.no_logging(): assert list(learn.validate()) == final  # what is recorded is the score of the statistics that are there
+    # what is recorded is the score of the statistics that are there
+    with learn.no_logging(): assert list(learn.validate()) == final
 
 @pytest.mark.parametrize('good', [False, True])
 def test_keep_if_better_decides_by_the_score(good, capsys, monkeypatch):
-    import fastai_bn.precise as P
-    real = P._write
-    if good: monkeypatch.setattr(P, '_write', lambda layers, moments: (real(layers, moments), layers['1'].running_var.fill_(1e-12)))  # precise statistics that are bad
+    real = Population.write
+    def write_bad(population):
+        real(population)
+        population.layers['1'].running_var.fill_(1e-12)
+    if good: monkeypatch.setattr(Population, 'write', write_bad)  # precise statistics that are bad
     class Spoil(Callback):
         order = 40
         def after_train(self):
             if not good: self.model[1].running_var.fill_(1e-12)
     xs,ys = tilted(24),labels(24)
-    learn = get_learner(get_dls(xs, ys, 2), conv_net(), [PreciseBN(keep_if_better='valid_loss'), Spoil(), Stats()], metrics=accuracy)
+    cbs = [PreciseBN(keep_if_better='valid_loss'), Spoil(), Stats()]
+    learn = get_learner(get_dls(xs, ys, 2), conv_net(), cbs, metrics=accuracy)
     lines = []
     learn.logger = lines.append
     learn.fit(2, .1)
@@ -542,20 +634,22 @@ def test_keep_if_better_decides_by_the_score(good, capsys, monkeypatch):
     assert not bad  # whichever was spoilt, the other was kept
     out = capsys.readouterr().out
     assert ('are kept' in out) == good
-    assert len(learn.recorder.values) == 2 and all(len(v) == 3 for v in learn.recorder.values) and all(len(o) == 5 for o in lines)
+    assert [len(v) for v in learn.recorder.values] == [3,3] and all(len(o) == 5 for o in lines)
     final = learn.stats.valid[-1][1:]
     assert list(learn.validate()) == final
 
 def test_saved_model_has_the_statistics_that_were_kept(tmp_path):
     learn = precise_fit(PreciseBN(keep_if_better='valid_loss'), 4, [SaveModelCallback(), Stats()], path=tmp_path)
     best = min(range(4), key=lambda i: learn.stats.valid[i][1])
-    for k,v in learn.stats.stats[best].items(): assert torch.equal(learn.model.state_dict()[k], v)  # the best is loaded at the end
+    # the best is loaded at the end
+    for k,v in learn.stats.stats[best].items(): assert torch.equal(learn.model.state_dict()[k], v)
 
 def test_lr_find_is_left_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr(Learner, '_measured', lambda *a, **k: 1/0)
+    monkeypatch.setattr(fastai_bn.precise, 'measure', lambda *a, **k: 1/0)
     learn = get_learner(get_dls(tilted(24), labels(24), 2), conv_net(), PreciseBN(), path=tmp_path)
     with learn.no_logging(): learn.lr_find(num_it=30, show_plot=False)
-    learn.validate(); learn.get_preds()
+    learn.validate()
+    learn.get_preds()
 
 def test_with_accumulation():
     xs,ys = tilted(24),labels(24)
@@ -567,7 +661,8 @@ def test_with_accumulation():
     torch.testing.assert_close(rm, learn.model[1].running_var, rtol=1e-9, atol=0)
 
 def pooled_head():
-    return nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4,5)).double()
+    pool = nn.AdaptiveAvgPool2d(1),nn.Flatten()
+    return nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4), *pool, nn.BatchNorm1d(4), nn.Linear(4,5)).double()
 
 @pytest.mark.parametrize('bn_bs,size', [('window',8), (4,4)])
 def test_the_bn_batch_is_that_of_the_training(bn_bs, size):
@@ -582,7 +677,8 @@ def test_the_bn_batch_is_that_of_the_training(bn_bs, size):
     hook.remove()
     measured = measured[-24//size:]
     assert [len(x) for x in measured] == [size]*(24//size)
-    ref = copy.deepcopy(learn.model); precise_bn(ref, measured, progress=False)
+    ref = copy.deepcopy(learn.model)
+    precise_bn(ref, measured, progress=False)
     torch.testing.assert_close(bn_state(learn.model), bn_state(ref), rtol=1e-9, atol=1e-12)
     learn.bn_report(plot=False)
     with pytest.raises(ValueError, match='precise_bn'): learn.precise_bn(bn_bs=1)
@@ -602,7 +698,9 @@ def test_an_interrupted_validation_leaves_nothing_behind(event, keep):
     with pytest.raises(KeyboardInterrupt): do_fit(learn)
     learn.remove_cb(cb)
     before = bn_state(learn.model)
-    with learn.no_logging(): learn.validate(); learn.get_preds()
+    with learn.no_logging():
+        learn.validate()
+        learn.get_preds()
     torch.testing.assert_close(bn_state(learn.model), before, rtol=0, atol=0)
     assert '_do_epoch_validate' not in vars(learn)
 
@@ -611,13 +709,15 @@ def test_others_may_validate_and_predict_meanwhile(keep):
     a = precise_fit(PreciseBN(keep_if_better=keep), 2)
     b = precise_fit(PreciseBN(keep_if_better=keep), 2, FetchPredsCallback())
     assert len(a.recorder.values) == 2 and all(len(v) == 3 for v in a.recorder.values)
-    assert list(a.recorder.values[-1]) == pytest.approx(list(b.recorder.values[-1]), rel=.01) # predicting draws from `random`: another order in the precise pass
+    # predicting draws from `random`: another order in the precise pass
+    assert list(a.recorder.values[-1]) == pytest.approx(list(b.recorder.values[-1]), rel=.01)
 
 @pytest.mark.parametrize('name', ['_rmse', 'mse'])
 def test_scores_of_which_lower_is_better(name):
-    import fastai_bn.precise as P
-    assert P._better(name, 1., 2.) and not P._better(name, 2., 1.) and not P._better(name, float('nan'), 1.) and P._better(name, 1., float('nan'))
-    assert P._better('accuracy', 2., 1.)
+    better,nan = fastai_bn.precise._better,float('nan')
+    assert better(name, 1., 2.) and not better(name, 2., 1.)
+    assert better(name, 1., nan) and not better(name, nan, 1.) and not better(name, nan, nan)
+    assert better('accuracy', 2., 1.)
 
 @pytest.mark.parametrize('keep', [None, 'valid_loss'])
 def test_epochs_without_a_score(keep):
@@ -629,12 +729,14 @@ def test_epochs_without_a_score(keep):
 
 @pytest.mark.parametrize('keep', ['time', 'train_loss'])
 def test_no_score_to_compare(keep):
-    with pytest.raises(ValueError, match='use one of valid_loss, accuracy$'): precise_fit(PreciseBN(keep_if_better=keep))
+    cb = PreciseBN(keep_if_better=keep)
+    with pytest.raises(ValueError, match='use one of valid_loss, accuracy$'): precise_fit(cb)
 
 def test_weights_that_are_not_finite_do_not_end_the_fit():
     class Diverge(Callback):
         def after_train(self): self.model[0].weight.data.fill_(float('nan'))
-    with pytest.warns(UserWarning, match='PreciseBN, epoch 0.*not finite'): learn = precise_fit(PreciseBN(keep_if_better='valid_loss'), 2, Diverge())
+    with pytest.warns(UserWarning, match='PreciseBN, epoch 0.*not finite'):
+        learn = precise_fit(PreciseBN(keep_if_better='valid_loss'), 2, Diverge())
     assert len(learn.recorder.values) == 2
 
 def test_without_a_recorder():
@@ -650,14 +752,17 @@ def test_report_of_statistics_that_are_nan(capsys):
     learn.model[4].running_var.fill_(float('nan'))
     assert "'4'" in learn.bn_report(plot=False).attrs['advice'][0]
     import matplotlib.pyplot as plt
-    learn.bn_report(); plt.close('all')
+    learn.bn_report()
+    plt.close('all')
 
 def test_weighted_dataloaders_keep_their_weights():
     from fastai.callback.data import WeightedDL
     xs,ys = tilted(32),labels(32)
     seen = set()
     class See(nn.Module):
-        def forward(self, x): seen.update(i for i in range(32) if any(torch.equal(xs[i], o) for o in x)); return x
+        def forward(self, x):
+            seen.update(i for i in range(32) if any(torch.equal(xs[i], o) for o in x))
+            return x
     dl = WeightedDL(Datasets(range(32), [[At(xs)],[At(ys)]]), bs=4, shuffle=True, num_workers=0, wgts=[1.]*4+[0.]*28)
     learn = get_learner(DataLoaders(dl, dl, device='cpu'), nn.Sequential(See(), *conv_net()))
     learn.precise_bn()
@@ -688,7 +793,8 @@ def test_bad_arguments_of_the_callback(kw):
     with pytest.raises(ValueError, match=next(iter(kw))+'='): PreciseBN(**kw)
 
 def test_a_score_that_is_not_recorded():
-    with pytest.raises(ValueError, match="keep_if_better='f1'.*valid_loss, accuracy"): precise_fit(PreciseBN(keep_if_better='f1'))
+    cb = PreciseBN(keep_if_better='f1')
+    with pytest.raises(ValueError, match="keep_if_better='f1'.*valid_loss, accuracy"): precise_fit(cb)
 
 # --- Several processes
 
@@ -707,7 +813,8 @@ def _learner_rank(rank, world, path, q):
     set_seed(0)  # as one does: then all would draw the same order
     learn = get_learner(get_dls(tilted(21), labels(21), 4, shuffle=True), first_bn())
     t = learn.precise_bn()
-    q.put((rank, learn.model[0].running_mean.tolist(), learn.model[0].running_var.tolist(), t.samples[0].item(), learn.precise_bn(n=8).samples[0].item()))
+    mean,var = learn.model[0].running_mean.tolist(),learn.model[0].running_var.tolist()
+    q.put((rank, mean, var, t.samples[0].item(), learn.precise_bn(n=8).samples[0].item()))
     torch.distributed.destroy_process_group()
 
 @pytest.mark.slow
@@ -741,12 +848,36 @@ def test_two_processes_with_uneven_data(tmp_path):
 
 # --- Nothing to measure
 
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn,self.l = nn.BatchNorm2d(3),nn.Linear(108,5)
+    def forward(self, x): return self.l(x.flatten(1))
+
+def test_report_of_layers_that_are_not_called(capsys):
+    learn = get_learner(get_dls(tilted(12), labels(12), 4), Unused().double())
+    t = learn.bn_report()
+    assert t.samples.tolist() == [0] and 'No BN layer was called' in capsys.readouterr().out
+    assert learn.precise_bn().samples.tolist() == [0]
+
+def test_a_dataloader_that_does_not_say_its_batch_size():
+    "`bn_bs='window'` is as many samples as come then; here batches are taken as they come"
+    items = list(zip(tilted(12), labels(12)))
+    dl = torch.utils.data.DataLoader(items, batch_sampler=[range(i, i+4) for i in range(0, 12, 4)])
+    learn = get_learner(DataLoaders(dl, dl, device='cpu'), conv_net(), AccumulateGradBN(2, bn_bs='window'))
+    assert learn.precise_bn().samples.tolist() == [12,12]
+    ref = conv_net()
+    precise_bn(ref, tilted(12).split(4), progress=False)
+    torch.testing.assert_close(bn_state(learn.model), bn_state(ref), rtol=1e-12, atol=0)
+
 def test_a_learner_without_training_data_says_so(tmp_path):
     xs,ys = tilted(12),labels(12)
     learn = get_learner(get_dls(xs, ys, 4), conv_net(), AccumulateGradBN(2, bn_bs='window'), path=tmp_path)
     do_fit(learn)
     learn.export('exported.pkl')
-    with warnings.catch_warnings(): warnings.simplefilter('ignore'); new = load_learner(tmp_path/'exported.pkl')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        new = load_learner(tmp_path/'exported.pkl')
     before = snapshot(new.model)
     for f in (new.precise_bn, lambda: new.bn_report(plot=False)):
         with pytest.raises(ValueError, match='no training data.*dl='): f()
@@ -758,13 +889,19 @@ def test_a_learner_without_training_data_says_so(tmp_path):
     torch.testing.assert_close(bn_state(new.model), bn_state(ref), rtol=1e-10, atol=1e-12)
 
 def test_lazy_layers_have_to_see_a_batch_first():
-    def net(): return nn.Sequential(nn.LazyConv2d(4,3), nn.LazyBatchNorm2d(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyBatchNorm1d(affine=False), nn.LazyLinear(5)).double()
+    def net():
+        pool = nn.AdaptiveAvgPool2d(1),nn.Flatten()
+        head = nn.LazyBatchNorm1d(affine=False),nn.LazyLinear(5)
+        return nn.Sequential(nn.LazyConv2d(4,3), nn.LazyBatchNorm2d(), *pool, *head).double()
     xs,ys = tilted(16),labels(16)
     def learner(*cbs): return get_learner(get_dls(xs, ys, 4), net(), cbs)
     def capture(m):
         with capture_moments(bn_layers(m)): m(xs)
-    for f in (lambda: precise_bn(net(), xs.split(4), progress=False), lambda: bn_state(net()), lambda: capture(net()), lambda: learner().precise_bn(), lambda: learner().bn_report(plot=False),
-              *(lambda kw=kw: do_fit(learner(AccumulateGradBN(2, **kw))) for kw in ({}, dict(bn_bs='window'), dict(bn_bs=2), dict(bn_bs='window', micro_bs=2)))):
+    calls = [lambda: precise_bn(net(), xs.split(4), progress=False), lambda: bn_state(net()), lambda: capture(net()),
+             lambda: learner().precise_bn(), lambda: learner().bn_report(plot=False)]
+    modes = {}, dict(bn_bs='window'), dict(bn_bs=2), dict(bn_bs='window', micro_bs=2)
+    fits = [lambda kw=kw: do_fit(learner(AccumulateGradBN(2, **kw))) for kw in modes]
+    for f in [*calls, *fits]:
         with pytest.raises(ValueError, match="layer '1' is lazy .*run a batch through the model first"): f()
     m = net()
     m(xs[:2])
@@ -775,7 +912,9 @@ def test_lazy_layers_have_to_see_a_batch_first():
 
 class Average(Callback):
     "An average of the weights, brought in for the validation: as another model, or in place"
-    def __init__(self, in_place=False, buffers=True, order=0): self.in_place,self.buffers,self.order = in_place,buffers,order
+    def __init__(self, in_place=False, buffers=True, order=0):
+        self.in_place,self.buffers,self.order = in_place,buffers,order
+
     def before_fit(self): self.avg,self.offs = copy.deepcopy(self.learn.model),[]
     def after_batch(self):
         if not self.training: return
@@ -784,7 +923,9 @@ class Average(Callback):
             for a,b in zip(self.avg.buffers(), self.learn.model.buffers()): a.copy_(b)
     def _state(self, m): return m.state_dict() if self.buffers else dict(m.named_parameters())
     def before_validate(self):
-        if not self.in_place: self.kept,self.learn.model = self.learn.model,self.avg; return
+        if not self.in_place:
+            self.kept,self.learn.model = self.learn.model,self.avg
+            return
         self.kept = {k:v.detach().clone() for k,v in self._state(self.learn.model).items()}
         self._load(self._state(self.avg))
     def after_validate(self):
@@ -809,7 +950,8 @@ def test_the_model_that_is_validated_has_precise_statistics(order, kw, keep):
     dl = DataLoader(list(zip(DRIFT, torch.randn(64,1, generator=torch.Generator().manual_seed(1)))), bs=8)
     torch.manual_seed(2)
     m = nn.Sequential(nn.Linear(3,4), nn.BatchNorm1d(4), nn.Linear(4,1))
-    learn = Learner(DataLoaders(dl, dl, device='cpu'), m, loss_func=MSELossFlat(), cbs=[PreciseBN(keep_if_better=keep), Average(order=order, **kw)])
+    cbs = [PreciseBN(keep_if_better=keep), Average(order=order, **kw)]
+    learn = Learner(DataLoaders(dl, dl, device='cpu'), m, loss_func=MSELossFlat(), cbs=cbs)
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
     with learn.no_logging(): learn.fit(3, .1)
     if keep is None: assert off(m) < 1e-3 and max(learn.average.offs) < 1e-3
@@ -817,19 +959,61 @@ def test_the_model_that_is_validated_has_precise_statistics(order, kw, keep):
     assert learn.model is m and not {'_do_epoch_validate','all_batches','__getstate__'} & vars(learn).keys()
     if not kw and keep is None: assert off(learn.average.avg) < 1e-3  # and it keeps them
 
+@pytest.mark.parametrize('exc', [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize('by', ['callback','metric'])
+@pytest.mark.parametrize('keep', [None, 'valid_loss'])
+def test_an_exception_in_validation_leaves_the_statistics_of_the_trained_weights(keep, by, exc):
+    "Not those of the weights that were swapped in for it. With `keep_if_better` no score says that they are better"
+    class Watch(Callback):
+        order = 80
+        def before_fit(self): self.runs = 0
+        def after_train(self): self.moving = bn_state(self.learn.model)
+        def before_validate(self): self.runs += 1
+        def fails(self, where): return where == by and self.runs == (1 if keep is None else 2)
+        def after_pred(self):
+            if not self.training and self.fails('callback'): raise exc('in validation')
+    watch = Watch()
+    def metric(pred, targ):
+        if watch.fails('metric'): raise exc('in validation')
+        return pred.mean()
+    dl = DataLoader(list(zip(DRIFT, torch.randn(64,1, generator=torch.Generator().manual_seed(1)))), bs=8)
+    m = nn.Sequential(nn.Linear(3,4), nn.BatchNorm1d(4), nn.Linear(4,1))
+    cbs = [PreciseBN(keep_if_better=keep), Average(in_place=True, buffers=False), watch]
+    learn = Learner(DataLoaders(dl, dl, device='cpu'), m, loss_func=MSELossFlat(), metrics=metric, cbs=cbs)
+    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, ProgressCallback)])
+    with learn.no_logging(), pytest.raises(exc): learn.fit(1, .1)
+    assert watch.runs == (1 if keep is None else 2)
+    assert off(m) > .01  # the average's weights are still there, and the statistics are not theirs
+    learn.average._load(learn.average.kept)
+    if keep is None: assert off(m) < 1e-3
+    else: torch.testing.assert_close(bn_state(m), watch.moving, rtol=0, atol=0)
+    assert not {'_do_epoch_validate','all_batches','__getstate__'} & vars(learn).keys()
+
 
 # --- Inputs by the learner's rule, and wrappers
 
 class Two(nn.Module):
-    def __init__(self): super().__init__(); self.bn,self.l = nn.BatchNorm1d(3),nn.Linear(5,1)
+    def __init__(self):
+        super().__init__()
+        self.bn,self.l = nn.BatchNorm1d(3),nn.Linear(5,1)
     def forward(self, image, meta): return self.l(torch.cat([self.bn(image), meta], 1))
 
 class Anything(nn.Module):
-    def __init__(self, net): super().__init__(); self.loss,self.net = nn.MSELoss(),net
+    def __init__(self, net):
+        super().__init__()
+        self.loss,self.net = nn.MSELoss(),net
     def forward(self, *args, **kwargs): return self.net(*args, **kwargs)
 
-@pytest.mark.parametrize('wrap', [lambda m: m, AveragedModel, nn.DataParallel, Anything, lambda m: Anything(AveragedModel(m)), lambda m: torch.compile(m, backend='eager'),
-                                  lambda m: torch.compile(Anything(m), backend='eager')], ids=['plain','averaged','parallel','own','nested','compiled','compiled_own'])
+WRAPPERS = dict(
+    plain=lambda m: m,
+    averaged=AveragedModel,
+    parallel=nn.DataParallel,
+    own=Anything,
+    nested=lambda m: Anything(AveragedModel(m)),
+    compiled=lambda m: torch.compile(m, backend='eager'),
+    compiled_own=lambda m: torch.compile(Anything(m), backend='eager'))
+
+@pytest.mark.parametrize('wrap', WRAPPERS.values(), ids=WRAPPERS)
 def test_dicts_for_wrapped_models(wrap):
     x = torch.randn(16,3)*2+1
     batches = [dict(image=x[i:i+4], meta=torch.randn(4,2), label=torch.zeros(4), name=['a']*4) for i in range(0,16,4)]
@@ -854,6 +1038,23 @@ def test_inputs_are_all_but_the_last_where_the_dataloaders_do_not_say():
     with learn.no_bar(): learn.precise_bn()
     torch.testing.assert_close(learn.model[0].running_mean, x.mean(0), rtol=1e-5, atol=1e-5)
 
+def test_a_count_of_inputs_that_is_unknown():
+    "All parts of a batch but the last, or the only one"
+    x,z,y = torch.randn(16,3)*2+1,torch.randn(16,2),torch.randn(16,1)
+    batches = list(zip(x.split(4), z.split(4), y.split(4)))
+    a,b,alone = Two(),Two(),nn.Sequential(nn.BatchNorm1d(3))
+    precise_bn(a, batches, n_inp=None, progress=False)
+    precise_bn(b, batches, n_inp=2, progress=False)
+    torch.testing.assert_close(bn_state(a), bn_state(b), rtol=0, atol=0)
+    precise_bn(alone, [(xb,) for xb in x.split(4)], n_inp=None, progress=False)
+    torch.testing.assert_close(alone[0].running_mean, x.mean(0))
+    with pytest.raises(TypeError, match='meta'): precise_bn(Two(), batches, progress=False)  # 1 is the default
+
+@pytest.mark.parametrize('n_inp', [0, -1, 1.5, True])
+def test_bad_n_inp(n_inp):
+    with pytest.raises(ValueError, match='`n_inp` must be an integer >= 1'):
+        precise_bn(conv_net(), [tilted(4)], n_inp=n_inp)
+
 
 # --- DataLoaders with a state of their own
 
@@ -861,8 +1062,12 @@ def seen_by(dl, n=10_000):
     "The rows that `precise_bn` takes of a learner's training DataLoader"
     rows = []
     class Note(nn.Module):
-        def __init__(self): super().__init__(); self.bn = nn.BatchNorm1d(1)
-        def forward(self, *xb): rows.extend(xb[-1][:,-1].tolist()); return self.bn(xb[-1][:,-1:].float())
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm1d(1)
+        def forward(self, *xb):
+            rows.extend(xb[-1][:,-1].tolist())
+            return self.bn(xb[-1][:,-1:].float())
     learn = Learner(DataLoaders(dl, dl, device='cpu'), Note(), loss_func=noop)
     with learn.no_bar(): learn.precise_bn(n=n)
     return rows
@@ -872,9 +1077,9 @@ X33 = torch.arange(33.)[:,None]
 def test_weights_stay_and_equal_ones_give_every_row_once():
     from fastai.callback.data import WeightedDL
     ds = Datasets(range(33), [[At(X33)],[At(X33)]])
-    assert sorted(seen_by(WeightedDL(ds, bs=4, wgts=[1.]*33, shuffle=True, drop_last=True, num_workers=0))) == list(range(33))
-    odd = [float(i%2) for i in range(33)]
-    got = seen_by(WeightedDL(ds, bs=4, wgts=odd, shuffle=True, drop_last=True, num_workers=0))
+    def seen(wgts): return seen_by(WeightedDL(ds, bs=4, wgts=wgts, shuffle=True, drop_last=True, num_workers=0))
+    assert sorted(seen([1.]*33)) == list(range(33))
+    got = seen([float(i%2) for i in range(33)])
     assert len(got) == 33 and all(i%2 for i in got)
 
 def test_tabular_rows_once():
@@ -882,7 +1087,8 @@ def test_tabular_rows_once():
     from fastai.tabular.core import TabularPandas
     from fastai.tabular.all import RegressionBlock, TabularDataLoaders
     df = pd.DataFrame(dict(a=np.arange(33.), y=0.))
-    dls = TabularDataLoaders.from_df(df, procs=[], cat_names=[], cont_names=['a'], y_names='y', y_block=RegressionBlock(), bs=4, device='cpu', valid_idx=[32])
+    columns = dict(procs=[], cat_names=[], cont_names=['a'], y_names='y', y_block=RegressionBlock())
+    dls = TabularDataLoaders.from_df(df, **columns, bs=4, device='cpu', valid_idx=[32])
     assert sorted(seen_by(dls.train)) == list(range(32))
 
 def test_a_choice_of_items_stays():
@@ -893,7 +1099,10 @@ def test_a_choice_of_items_stays():
 
 def test_own_items_and_their_order_stay():
     class Odd(DataLoader):
-        def __init__(self, *args, secret, **kwargs): super().__init__(*args, **kwargs); self.secret = secret  # which `new` does not know
+        # which `new` does not know
+        def __init__(self, *args, secret, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.secret = secret
         def get_idxs(self): return [i for i in range(self.n) if i%self.secret]
     dl = Odd(list(zip(X33, X33)), bs=4, secret=3)
     assert seen_by(dl) == [i for i in range(33) if i%3]

@@ -1,5 +1,6 @@
 "Mixed precision: fastai's callback, with the autocast and the scaler of the CPU (its own are CUDA's)"
-import pytest, torch
+import pytest
+import torch
 from fastai.vision.all import Adam, Callback, MixedPrecision, SGD
 
 from fastai_bn.all import AccumulateGradBN
@@ -33,10 +34,18 @@ class States(Callback):
     def after_batch(self):
         if self.windows == len(self.states): self.states.append(snapshot(self.model))
 
-MODES = dict(none={}, two=dict(bn_bs=2), window=dict(bn_bs='window'), budget=dict(bn_bs='window', budget=2**13), pieces=dict(bn_bs='window', micro_bs=3), all=dict(bn_bs=8, micro_bs=3, budget=2**13))
+MODES = dict(
+    none={},
+    two=dict(bn_bs=2),
+    window=dict(bn_bs='window'),
+    budget=dict(bn_bs='window', budget=2**13),
+    pieces=dict(bn_bs='window', micro_bs=3),
+    all=dict(bn_bs=8, micro_bs=3, budget=2**13))
 
 def fit(kw, amp, *cbs, bs=4, n=48, epochs=1, opt_func=SGD):
-    learn = get_learner(get_dls(tilted(n).float(), labels(n), bs), conv_net().float(), [*([] if kw is None else [AccumulateGradBN(4, **kw)]), OnCPU(amp), *cbs, States()], opt_func=opt_func)
+    ours = [] if kw is None else [AccumulateGradBN(4, **kw)]
+    dls,cbs = get_dls(tilted(n).float(), labels(n), bs),[*ours, OnCPU(amp), *cbs, States()]
+    learn = get_learner(dls, conv_net().float(), cbs, opt_func=opt_func)
     do_fit(learn, epochs)
     assert_pristine(learn)
     return learn
@@ -66,14 +75,17 @@ def test_an_overflow_in_mid_window_skips_all_of_it_and_nothing_else(mode, of_act
     s,clean = learn.states.states,fit(MODES[mode], 'fp16').states.states
     assert len(s) == 4 and all(o.isfinite().all() for state in s for o in state.values())
     assert all(torch.equal(s[1][k], clean[1][k]) for k in s[1])
-    assert all(torch.equal(s[1][k], s[2][k]) for k in s[1])        # neither weights nor running statistics nor their counter
+    # neither weights nor running statistics nor their counter
+    assert all(torch.equal(s[1][k], s[2][k]) for k in s[1])
     assert not torch.equal(s[2]['0.weight'], s[3]['0.weight']) and s[3]['1.num_batches_tracked'] == 2
     scales = learn.mixed_precision.seen
-    assert scales == [2.**8]*(2*per-1) + [2.**7]*(per+1)           # once, at the end of the window
+    # once, at the end of the window
+    assert scales == [2.**8]*(2*per-1) + [2.**7]*(per+1)
 
 @pytest.mark.parametrize('mode', MODES)
 def test_every_window_overflows(mode):
     class Always(Overflow):
         def before_backward(self): self.learn.loss_grad = self.loss_grad*float('inf')
     learn = fit(MODES[mode], 'fp16', Always(0))
-    assert all(torch.equal(a, b) for a,b in zip(learn.model.state_dict().values(), conv_net().float().state_dict().values()))
+    begun = conv_net().float().state_dict()
+    assert all(torch.equal(v, begun[k]) for k,v in learn.model.state_dict().items())
