@@ -17,16 +17,16 @@ statistics, no approximation, no change to the model.
 
 Modules:
 
-- `fastai_bn.accumulate`: `AccumulateGradBN`: one optimizer step for several micro-batches, with BatchNorm over as many samples as you say
+- `fastai_bn.accumulate`: `AccumulateGradBN`: one step for several micro-batches, BatchNorm over as many samples as you say
 - `fastai_bn.all`: `from fastai_bn.all import *`
 - `fastai_bn.batches`: A DataLoader's micro-batches, joined and cut to the batches that BatchNorm is to see
-- `fastai_bn.capture`: What BatchNorm layers see, from the native kernels, at no cost; and updates of running statistics that wait
+- `fastai_bn.capture`: What BatchNorm layers see, from the native kernels at no cost; and updates that wait
 - `fastai_bn.copies`: Memory budgets, host buffers, and the stream on which copies run beside the computation
 - `fastai_bn.demo`: `python -m fastai_bn.demo`: the main job end to end, in minutes on two cores
 - `fastai_bn.diversion`: For a while a BN layer's update goes to somebody else, and its own running statistics stay
 - `fastai_bn.draw`: `make_hpa`: cells drawn in the layout of the Human Protein Atlas, for demonstrations and tests
 - `fastai_bn.epochs`: How a DataLoader's epoch becomes windows, and how fastai's training loop runs inside them
-- `fastai_bn.forecast`: What a block of operations did, in order, is what the next one will do: who is needed last leaves first
+- `fastai_bn.forecast`: What a block of operations did, the next one will do: who is needed last leaves first
 - `fastai_bn.groupnorm`: `bn_to_gn`: GroupNorm in place of BatchNorm, in any model; `weight_standardize` to go with it
 - `fastai_bn.hpa`: The Kaggle layout of 4-channel fluorescence images with 28 labels, read into `DataLoaders`
 - `fastai_bn.layers`: Its running statistics, its own `forward`, and the errors that name it
@@ -34,17 +34,18 @@ Modules:
 - `fastai_bn.moments`: Count, mean and M2 of what BatchNorm layers see: statistics that merge
 - `fastai_bn.mover`: What an operation needs on the device, who leaves for it, and who returns ahead of time
 - `fastai_bn.normalize`: `image_normalize`: every image by its own statistics; `ImageNormalize`: the same in batches
-- `fastai_bn.paging`: `ActivationPager`: forward and backward of any model within a fixed amount of device memory, bit for bit the same
+- `fastai_bn.paging`: `ActivationPager`: any model within a fixed amount of device memory, bit for bit the same
 - `fastai_bn.pooled`: BatchNorm over micro-batches that are never together: three autograd functions and their gradient
-- `fastai_bn.population`: The statistics of a population with fixed weights: what a BatchNorm layer would have to know at inference
-- `fastai_bn.precise`: `precise_bn`: the population statistics of the final weights, instead of a moving average over a changing model
+- `fastai_bn.population`: The statistics of a population with fixed weights, which inference should normalise with
+- `fastai_bn.precise`: `precise_bn`: population statistics of the final weights, not a moving average over a changing model
 - `fastai_bn.processes`: Which processes train together, over which of them BN normalises, and what they add up
 - `fastai_bn.reads`: `print(t)` is no operation: what reads a tensor's memory directly brings the tensor back first
 - `fastai_bn.report`: How far off running statistics are, how noisy BatchNorm's batches are, and what to do about it
 - `fastai_bn.rows`: Centre and scale of each row of a matrix, precise at any offset, with NumPy's percentiles
 - `fastai_bn.samples`: The one place that knows what a sample is: batches are counted, cut and joined
-- `fastai_bn.sampling`: Which samples a population is measured on: each once, of all processes together, and no random number is drawn for it
+- `fastai_bn.sampling`: Which samples a population is measured on: each once, and no random number is drawn for it
 - `fastai_bn.storages`: Who is on the device, and how many bytes that is
+- `fastai_bn.threads`: What a thread is set to, and how to set it back for a while
 - `fastai_bn.turns`: Micro-batches that run side by side and wait for each other: `LockStep`
 - `fastai_bn.undo`: Stand in for somebody's method, and put it back whatever happens
 - `fastai_bn.unet`: `gn_unet_learner`: fastai's `unet_learner` with GroupNorm everywhere, or in the decoder alone

@@ -1,4 +1,4 @@
-"""What BatchNorm layers see, from the native kernels, at no cost; and updates of running statistics that wait
+"""What BatchNorm layers see, from the native kernels at no cost; and updates that wait
 
 A BatchNorm (BN) layer in training mode computes the mean and variance of its batch anyway. `capture_moments` has the
 layer leave them where they can be read and merged, instead of in its running statistics; `update_running_stats` puts
@@ -211,8 +211,8 @@ def update_running_stats(
     ms = [layers[k] for k in ks]
     factors = [_factor(m.num_batches_tracked, moments.momenta.get(k, m.momentum)) for k,m in zip(ks, ms)]
     old = [m._buffers[name] for name in BUFFERS[:2] for m in ms]
-    new = _blend(old, _means_and_vars(moments, ks), factors*2)
-    torch._foreach_copy_(old, new)  # all of them or, after an interrupt, none
+    # All of them or, after an interrupt, none
+    torch._foreach_copy_(old, _blend(old, _means_and_vars(moments, ks), factors*2))
     _count(ms)
 
 def _count(ms:list[nn.Module]):

@@ -1,4 +1,4 @@
-"""What a block of operations did, in order, is what the next one will do: who is needed last leaves first
+"""What a block of operations did, the next one will do: who is needed last leaves first
 
 The pager's memory. Training repeats itself, so the order of operations in one block is the forecast for the next:
 which storages an operation uses, how much it makes, and when each storage is used again. Everything here is pure. It

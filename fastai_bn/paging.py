@@ -1,4 +1,4 @@
-"""`ActivationPager`: forward and backward of any model within a fixed amount of device memory, bit for bit the same
+"""`ActivationPager`: any model within a fixed amount of device memory, bit for bit the same
 
 A large batch needs a lot of memory because every activation waits on the device for the backward pass. At any moment
 the device works on a few of them. `ActivationPager` sees every operation of forward and backward and lets what is not

@@ -1,4 +1,4 @@
-"""The statistics of a population with fixed weights: what a BatchNorm layer would have to know at inference
+"""The statistics of a population with fixed weights, which inference should normalise with
 
 The running statistics of BatchNorm (BN) are to stand for a **population**: all values that a layer's input has, with
 the weights as they are. `measure` runs a model on many samples, sees what its BN layers see, and pools it exactly, by

@@ -1,4 +1,4 @@
-"""Which samples a population is measured on: each once, of all processes together, and no random number is drawn for it
+"""Which samples a population is measured on: each once, and no random number is drawn for it
 
 A population is measured on the data of a training, and that data is made for training: DataLoaders drop what is left
 over, draw rows with replacement, repeat samples so that all processes have as many, and move random generators on.

@@ -11,7 +11,7 @@ import fastai_bn.all
 
 root = Path(__file__).resolve().parent.parent
 MODULES = ['moments','layers','processes','diversion','capture','samples','batches','window','undo','epochs',
-           'accumulate','forecast','copies','storages','mover','reads','paging','pooled','turns','lockstep',
+           'accumulate','forecast','copies','storages','mover','reads','paging','pooled','threads','turns','lockstep',
            'sampling','population','report','precise',
            'groupnorm','unet','rows','normalize','hpa','draw','demo']
 
