@@ -1,4 +1,4 @@
-"""`AccumulateGradBN`: one step for several micro-batches, BatchNorm over as many samples as you say
+"""`AccumulateGradBN`: one step for several micro-batches, BatchNorm over as many as you say
 
 When a batch of 32 does not fit, gradient accumulation computes 16 **micro-batches** of 2 and makes one optimizer step
 for the **window** of all 16. To the optimizer that is a batch of 32. To BatchNorm (BN) it is not: each micro-batch is

@@ -197,24 +197,7 @@ def capture_moments(
     cap = BNCapture(layers)
     with diverting(layers, lambda name: cap): yield cap
 
-# %% ../nbs/01_capture.ipynb #55ab6ad9
-@torch.no_grad()
-def update_running_stats(
-    layers:dict[str,nn.Module], # BN layers by name
-    moments:BNMoments,          # What they saw; layers that saw nothing stay as they are
-):
-    """Update the running statistics in place as one batch with these `moments` would have done.
-
-    Raises `KeyError` for moments of a layer that `layers` lacks."""
-    if not moments.counts: return
-    ks = [k for k in moments.channels if k in moments.counts]
-    ms = [layers[k] for k in ks]
-    factors = [_factor(m.num_batches_tracked, moments.momenta.get(k, m.momentum)) for k,m in zip(ks, ms)]
-    old = [m._buffers[name] for name in BUFFERS[:2] for m in ms]
-    # All of them or, after an interrupt, none
-    torch._foreach_copy_(old, _blend(old, _means_and_vars(moments, ks), factors*2))
-    _count(ms)
-
+# %% ../nbs/01_capture.ipynb #2d0865c5
 def _count(ms:list[nn.Module]):
     "Count a batch more"
     tracked = [m.num_batches_tracked for m in ms if m.num_batches_tracked is not None]
@@ -234,6 +217,24 @@ def _blend(old:list[Tensor], seen:list[Tensor], factors:list[float]) -> list[Ten
 def _factor(num_batches_tracked:Tensor|None, momentum:float|None) -> float:
     "Weigh one more batch"
     return momentum if momentum is not None else 1/(float(num_batches_tracked)+1)
+
+# %% ../nbs/01_capture.ipynb #6c644dbf
+@torch.no_grad()
+def update_running_stats(
+    layers:dict[str,nn.Module], # BN layers by name
+    moments:BNMoments,          # What they saw; layers that saw nothing stay as they are
+):
+    """Update the running statistics in place as one batch with these `moments` would have done.
+
+    Raises `KeyError` for moments of a layer that `layers` lacks."""
+    if not moments.counts: return
+    ks = [k for k in moments.channels if k in moments.counts]
+    ms = [layers[k] for k in ks]
+    factors = [_factor(m.num_batches_tracked, moments.momenta.get(k, m.momentum)) for k,m in zip(ks, ms)]
+    old = [m._buffers[name] for name in BUFFERS[:2] for m in ms]
+    # All of them or, after an interrupt, none
+    torch._foreach_copy_(old, _blend(old, _means_and_vars(moments, ks), factors*2))
+    _count(ms)
 
 # %% ../nbs/01_capture.ipynb #e6713976
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""`precise_bn`: population statistics of the final weights, not a moving average over a changing model
+"""`precise_bn`: population statistics of the final weights, not an average over changing ones
 
 At inference BatchNorm (BN) normalises with its running statistics: an exponential moving average (EMA) over the last
 few training batches, each seen by a *different* model. Where weights move fast, where batches are tiny, or where the

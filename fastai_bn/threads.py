@@ -1,7 +1,7 @@
 """What a thread is set to, and how to set it back for a while
 
-Gradients on or off, autocast, modes, hooks for saved tensors, a CUDA stream: these are settings of a thread. In lock step
-several runs of a model share one thread, so a run that waits hands it over as it found it.
+Gradients on or off, autocast, modes, hooks for saved tensors, a CUDA stream: these are settings of a thread. In lock
+step several runs of a model share one thread, so a run that waits hands it over as it found it.
 
 You need this page to understand or to change [how micro-batches wait](21_turns.ipynb). To use lock step you do not.
 
