@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from fastai.basics import (SGD, Adam, Callback, CancelStepException, DataLoaders, Datasets, L, Learner, TfmdDL, accuracy, noop,
                            set_seed)
 from fastai.callback.fp16 import MixedPrecision
@@ -79,6 +80,16 @@ class Norms(nn.Module):
         x = m.twice(m.untracked(m.frozen(m.c(x))))
         x = m.plain(m.twice(F.relu(x)))
         return m.head(x.mean((2,3)))
+
+class Checkpointed(nn.Module):
+    "A `conv_net` whose parts are computed again in the backward pass"
+    def __init__(self, net, reentrant):
+        super().__init__()
+        self.net,self.reentrant = net,reentrant
+
+    def forward(self, x):
+        x = checkpoint(self.net[:3], x.requires_grad_(self.reentrant), use_reentrant=self.reentrant)
+        return self.net[5:](checkpoint(self.net[3:5], x, use_reentrant=self.reentrant))
 
 class ItemOf:
     "A picklable `i -> xs[i]`"
