@@ -1,5 +1,6 @@
 "What several tests need: tilted data, float64 learners, callbacks, and a training loop written by hand to compare with"
 import copy
+import importlib
 import os
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from fastai.basics import (SGD, Adam, Callback, CancelStepException, DataLoaders, Datasets, L, Learner, TfmdDL, accuracy, noop,
-                           set_seed)
+from fastai.basics import (SGD, Adam, Callback, CancelStepException, DataLoaders, Datasets, L, Learner, TfmdDL,
+                           accuracy, noop, set_seed)
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import to_float
@@ -17,6 +18,7 @@ from fastai.torch_core import to_float
 from fastai_bn.all import AccumulateGradBN
 
 ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted(f.stem for f in (ROOT/'fastai_bn').glob('*.py') if f.stem not in ('__init__','_modidx','all'))
 F64 = torch.float64
 
 class Boom(Exception): pass
@@ -115,8 +117,8 @@ def silent(learn):
     return learn
 
 def get_learner(dls, model, cbs=(), loss_func=None, opt_func=SGD, wd=0., **kw):
-    loss_func = loss_func or nn.CrossEntropyLoss()
-    return silent(Learner(dls, model, loss_func=loss_func, opt_func=opt_func, cbs=[Float32Loss(), *L(cbs)], wd=wd, **kw))
+    loss_func,cbs = loss_func or nn.CrossEntropyLoss(),[Float32Loss(), *L(cbs)]
+    return silent(Learner(dls, model, loss_func=loss_func, opt_func=opt_func, cbs=cbs, wd=wd, **kw))
 
 def do_fit(learn, n_epoch=1, lr=.1, **kw):
     with learn.no_logging(): learn.fit(n_epoch, lr, **kw)
@@ -139,7 +141,8 @@ def one_cycle(learn, n_epoch=3):
     with learn.no_logging(): learn.fit_one_cycle(n_epoch, 1e-2)
     return learn
 
-def fits(n, bs, n_step, make=head_net, cbs=lambda: (), train=one_cycle, last='step', seed=3, learner_kw=lambda: {}, **kw):
+def fits(n, bs, n_step, make=head_net, cbs=lambda: (), train=one_cycle, last='step', seed=3, learner_kw=lambda: {},
+         **kw):
     "The same training with a large batch, and with windows of as many samples that are one BN batch"
     def fit(bs, *mine):
         set_seed(seed)
@@ -297,7 +300,8 @@ def assert_pristine(learn):
     for m in learn.model.modules():
         assert not m._forward_hooks and not m._forward_pre_hooks
         if isinstance(m, nn.modules.batchnorm._BatchNorm): assert m.momentum != 1.
-    assert not {'all_batches','one_batch','_backward','_step','_do_epoch_validate','__getstate__'} & learn.__dict__.keys()
+    places = {'all_batches','one_batch','_backward','_step','_do_epoch_validate','__getstate__'}
+    assert not places & vars(learn).keys()
 
 def assert_same_fit(big, ours):
     "Weights, buffers, optimizer state, and all that was recorded"
@@ -311,7 +315,20 @@ def assert_same_fit(big, ours):
     assert all('order' not in vars(cb) for cb in ours.cbs if isinstance(cb, AccumulateGradBN))
 
 
-# --- Processes and warnings
+# --- The package, processes and warnings
+
+def public_names():
+    "List module and name of all that is public, where it is defined: `moments` still has what has moved to `capture`"
+    res = [('precise','Learner.precise_bn'), ('precise','Learner.bn_report')]
+    for m in MODULES:
+        mod = importlib.import_module(f'fastai_bn.{m}')
+        res += [(m,n) for n in mod.__all__ if getattr(getattr(mod, n), '__module__', mod.__name__) == mod.__name__]
+    return res
+
+def public_object(module, name):
+    "Get what a public name stands for"
+    if '.' in name: return getattr(Learner, name.partition('.')[2])
+    return getattr(importlib.import_module(f'fastai_bn.{module}'), name)
 
 def process_env():
     "The environment of a process of its own that is to find this package"
