@@ -1,19 +1,27 @@
 """The built site in a real browser: `make test-docs`. Needs `_docs/` and Debian's chromium, or one that CHROMIUM names
 
-Every page at desktop and phone width, light and dark: errors, missing and outside requests, leftover markup, formulas, pictures, doubled ids, sideways scroll, dead links.
-SHOTS=FOLDER stores a picture of each."""
-import functools, http.server, importlib, os, re, shutil, threading
+Every page at desktop and phone width, light and dark: errors, missing and outside requests, leftover markup, formulas,
+pictures, doubled ids, sideways scroll, dead links. SHOTS=FOLDER stores a picture of each."""
+import functools
+import http.server
+import os
+import re
+import shutil
+import threading
 from pathlib import Path
 from urllib.parse import urldefrag, urljoin
 
 import pytest
 from playwright.sync_api import sync_playwright
 
-site = Path(__file__).resolve().parent.parent/'_docs'
+from helpers import ROOT, public_names, public_object
+
+site = ROOT/'_docs'
 pages = sorted(f.relative_to(site).as_posix() for f in site.rglob('*.html') if f.name != '404.html')
 assert pages, 'nothing built: make docs'
 views = [(scheme,width) for width in (1300,390) for scheme in ('light','dark')]
-flags = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
+flags = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+         '--disable-component-update', '--disable-sync']
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args): pass
@@ -40,11 +48,12 @@ def tab(request, browser, base):
     scheme,width = getattr(request, 'param', views[0])
     context,bad = browser.new_context(color_scheme=scheme, viewport=dict(width=width, height=900)),[]
     pg = context.new_page()
+    def is_outside(url): return not url.startswith((base,'data:','blob:'))
     pg.on('console', lambda m: bad.append(m.text) if m.type in ('error','warning') else None)
     pg.on('pageerror', lambda e: bad.append(str(e)))
     pg.on('requestfailed', lambda r: bad.append(f'failed: {r.url}'))
     pg.on('response', lambda r: bad.append(f'{r.status} {r.url}') if r.status >= 400 else None)
-    pg.on('request', lambda r: bad.append(f'outside: {r.url}') if not r.url.startswith((base,'data:','blob:')) else None)
+    pg.on('request', lambda r: bad.append(f'outside: {r.url}') if is_outside(r.url) else None)
     yield pg
     context.close()
     assert not bad
@@ -55,7 +64,12 @@ def prose(pg) -> str:
         for (const o of a.querySelectorAll('pre, code, .katex, script, style')) o.remove()
         return a.textContent }""")
 
-MARKUP = [r':::', r'#\|', r'\{ ?[#.:]\w', r'\]\(', r'\[\[', r'(?<!\w)\*\*', r'\$\$', r'\\\(', r'^\s*\|', r'\.ipynb', r'@(?:fig|eq)-', r'<[a-z]+[ >]', r'^!!!|^\?\?\?']
+MARKUP = [r':::', r'#\|', r'\{ ?[#.:]\w', r'\]\(', r'\[\[', r'(?<!\w)\*\*', r'\$\$', r'\\\(', r'^\s*\|', r'\.ipynb',
+          r'@(?:fig|eq)-', r'<[a-z]+[ >]', r'^!!!|^\?\?\?']
+
+def all_of(pg, selector, js):
+    "What the JavaScript `js` says of each element `o`"
+    return pg.evaluate(f"Array.from(document.querySelectorAll('{selector}')).map(o => {js})")
 
 @pytest.mark.parametrize('tab', views, indirect=True, ids=lambda v: f'{v[0]}-{v[1]}')
 @pytest.mark.parametrize('rel', pages)
@@ -64,13 +78,14 @@ def test_page(rel, tab, base, request):
     assert tab.locator('article h1').count() == 1
     left = {m:found for m in MARKUP if (found := re.findall(f'.*(?:{m}).*', prose(tab), flags=re.M))}
     assert not left
-    assert not tab.locator('.arithmatex:not(:has(.katex))').count() and not tab.locator('.katex-error').count(), 'formulas'
-    assert tab.evaluate('Array.from(document.images).filter(o => !(o.complete && o.naturalWidth)).map(o => o.src)') == []
-    assert tab.evaluate('Array.from(document.images).filter(o => !o.alt).map(o => o.src)') == []
-    ids = tab.evaluate("Array.from(document.querySelectorAll('article [id]')).map(o => o.id)")
+    assert not tab.locator('.arithmatex:not(:has(.katex))').count(), 'a formula that was not set'
+    assert not tab.locator('.katex-error').count(), 'a wrong formula'
+    assert all(all_of(tab, 'img', 'o.complete && o.naturalWidth > 0')), 'a picture is missing'
+    assert all(all_of(tab, 'img', 'o.alt')), 'a picture without a text'
+    ids = all_of(tab, 'article [id]', 'o.id')
     assert sorted(set(ids)) == sorted(ids), 'an id twice'
     assert tab.evaluate('document.documentElement.scrollWidth') <= tab.viewport_size['width'], 'scrolls sideways'
-    assert tab.evaluate("Array.from(document.querySelectorAll('article img')).every(o => o.getBoundingClientRect().right <= innerWidth)")
+    assert all(all_of(tab, 'article img', 'o.getBoundingClientRect().right <= innerWidth')), 'a picture is too wide'
     if shots := os.environ.get('SHOTS'):
         Path(shots).mkdir(exist_ok=True)
         tab.screenshot(path=Path(shots)/f"{request.node.callspec.id}.png".replace("/", "_"), full_page=True)
@@ -78,17 +93,18 @@ def test_page(rel, tab, base, request):
 @pytest.mark.parametrize('tab', views[:2], indirect=True, ids=['light','dark'])
 def test_dark_is_dark(tab, base, request):
     tab.goto(base, wait_until='networkidle')
-    light = sum(tab.evaluate("getComputedStyle(document.body).backgroundColor.match(/[\\d.]+/g).slice(0,3).map(Number)"))
+    color = tab.evaluate('getComputedStyle(document.body).backgroundColor')
+    light = sum(float(v) for v in re.findall(r'[\d.]+', color)[:3])
     assert light < 150 if 'dark' in request.node.callspec.id else light > 700
 
 def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere(tab, base):
     here,ids = {},{}
     for rel in pages:
         tab.goto(base+rel, wait_until='networkidle')
-        here[rel] = tab.evaluate("Array.from(document.querySelectorAll('a[href]')).map(o => o.getAttribute('href'))")
-        ids[rel] = set(tab.evaluate("Array.from(document.querySelectorAll('[id]')).map(o => o.id)"))
+        here[rel] = all_of(tab, 'a[href]', "o.getAttribute('href')")
+        ids[rel] = set(all_of(tab, '[id]', 'o.id'))
     tab.goto(base, wait_until='networkidle')
-    nav = tab.evaluate("Array.from(document.querySelectorAll('nav a[href]')).map(o => o.href.split('#')[0])")
+    nav = all_of(tab, 'nav a[href]', "o.href.split('#')[0]")
     assert set(pages) <= {o.removeprefix(base) or 'index.html' for o in nav}, 'a page that no entry leads to'
     dead = []
     for rel,links in here.items():
@@ -99,7 +115,9 @@ def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere(tab, bas
             if not (site/to).is_file() or anchor and to in ids and anchor not in ids[to]: dead.append((rel, link))
     assert not dead
 
-@pytest.mark.parametrize('words,page', [('AccumulateGradBN','accumulate.html'), ('precise_bn','precise.html'), ('bn_to_gn','groupnorm.html')])
+WORDS = dict(AccumulateGradBN='accumulate.html', precise_bn='precise.html', bn_to_gn='groupnorm.html')
+
+@pytest.mark.parametrize('words,page', WORDS.items())
 @pytest.mark.parametrize('tab', [('light',1300), ('light',390)], indirect=True, ids=['desktop','phone'])
 def test_search(words, page, tab, base):
     tab.goto(base, wait_until='networkidle')
@@ -123,19 +141,21 @@ def test_without_javascript_the_text_is_there(browser, base):
 def test_what_machines_read(f):
     text = (site/f).read_text(encoding='utf-8')
     assert text.startswith('# ') and not re.search(r'\{: |\.api \}|\.output \}|AUTOGENERATED', text)
-    links = [o for o in re.findall(r'\]\(([^)#\s]+)', re.sub(r'^( *)(```+).*?^\1\2$', '', text, flags=re.M|re.S)) if not re.match(r'\w+:', o)]
+    prose = re.sub(r'^( *)(```+).*?^\1\2$', '', text, flags=re.M|re.S)
+    links = [o for o in re.findall(r'\]\(([^)#\s]+)', prose) if not re.match(r'\w+:', o)]
     assert [o for o in links if not (site/f).parent.joinpath(o).is_file()] == []
     assert f != 'llms.txt' or all(f'/{p}.md)' in text for p in pages)
 
-def test_every_public_name_has_an_entry():
-    from test_package import public
-    for module,name in public:
-        text = (site/f'{module}.html').read_text(encoding='utf-8')
-        assert not callable(getattr(importlib.import_module(f'fastai_bn.{module}'), name, len)) or f'id="{name.lower()}"' in text and f'#{name.lower()}' in text, name
+@pytest.mark.parametrize('module,name', public_names())
+def test_every_public_name_has_an_entry(module, name):
+    text = (site/f'{module}.html').read_text(encoding='utf-8')
+    if callable(public_object(module, name)): assert f'id="{name.lower()}"' in text and f'#{name.lower()}' in text
+
+SOURCE = r'<a href="https://github.com/[^"]*?/blob/main/(fastai_bn/\w+\.py)#L(\w+)">source</a>'
 
 def test_source_links_lead_to_definitions():
     "Each entry of the API links to the line of its class or function"
-    found = [o for p in pages for o in re.findall(r'<a href="https://github.com/[^"]*?/blob/main/(fastai_bn/\w+\.py)#L(\w+)">source</a>', (site/p).read_text(encoding='utf-8'))]
+    found = [o for p in pages for o in re.findall(SOURCE, (site/p).read_text(encoding='utf-8'))]
     lines = {f:(site.parent/f).read_text(encoding='utf-8').splitlines() for f,_ in found}
     assert len(found) > 30 and all(re.match(r'\s*(class|def) ', lines[f][int(n)-1]) for f,n in found)
 

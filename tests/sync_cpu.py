@@ -1,6 +1,7 @@
-"""PyTorch's `SyncBatchNorm` and fastai's `distrib_ctx(sync_bn=True)` where there is no GPU, for tests: the five kernels that CPUs miss, and the three
-places that ask for another device. The code that uses them is PyTorch's and fastai's own."""
-import torch, torch.distributed as dist
+"""PyTorch's `SyncBatchNorm` and fastai's `distrib_ctx(sync_bn=True)` where there is no GPU, for tests: the five kernels
+that CPUs miss, and the three places that ask for another device. All else is PyTorch's and fastai's own code"""
+import torch
+import torch.distributed as dist
 from fastai.distributed import DistributedDL
 
 def _rows(v, x): return v.view(1, -1, *[1]*(x.dim()-2))
@@ -32,15 +33,20 @@ def backward_elemt(dy, x, mean, invstd, w, sum_dy, sum_dy_xmu, counts):
     dx = (dy - _rows(sum_dy/n, x) - (x-_rows(mean, x))*_rows(invstd**2*sum_dy_xmu/n, x))*_rows(invstd, x)
     return dx if w is None else dx*_rows(w, x)
 
+KERNELS = dict(stats=stats, gather_stats_with_counts=gather, elemt=elemt, backward_reduce=backward_reduce,
+               backward_elemt=backward_elemt)
+
 _lib = torch.library.Library('aten', 'IMPL')
-for _name,_f in dict(stats=stats, gather_stats_with_counts=gather, elemt=elemt, backward_reduce=backward_reduce, backward_elemt=backward_elemt).items():
-    _lib.impl(f'batch_norm_{_name}', _f, 'CPU')
+for _name,_f in KERNELS.items(): _lib.impl(f'batch_norm_{_name}', _f, 'CPU')
 
 def _broadcast(self, t, rank):
     t = torch.tensor(t)
     dist.broadcast(t, rank)
     return t.tolist()
 
-DistributedDL._broadcast = _broadcast                                                               # calls .cuda()
-torch.nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda self, module: None  # refuses SyncBatchNorm
-torch._C._get_privateuse1_backend_name = lambda: 'cpu'                                              # what SyncBatchNorm.forward accepts beside GPUs
+# It calls .cuda()
+DistributedDL._broadcast = _broadcast
+# It refuses SyncBatchNorm
+torch.nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda self, module: None
+# What SyncBatchNorm.forward accepts beside GPUs
+torch._C._get_privateuse1_backend_name = lambda: 'cpu'

@@ -1,21 +1,30 @@
 "The benchmarks' machinery on a handful of images, and what is stored of them"
-import importlib, itertools, math, sys
+import importlib
+import itertools
+import math
+from copy import deepcopy
 from pathlib import Path
 
-import pytest, torch
+import pytest
+import torch
 
-root = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(root/'tools'))
 from bench import results
-from bench.__main__ import PAGES, parser
+from bench.__main__ import PAGES, main, parser
+from bench.accumulate import TwoPhase, renorm
+from fastai_bn.demo import small_resnet
 
 TABLES = {(p,k):t for p in PAGES for k,t in importlib.import_module(f'bench.{p}').TABLES.items()}
 
-def line(seed, value, table='t', data='drawn'): return dict(table=table, data=data, seed=seed, device='cpu', command='c', seconds=1, env=dict(date='d', machine='m', torch='2'), rows=[dict(way='a', x=value), dict(way='b', x=2*value)])
+def line(seed, value, table='t', data='drawn'):
+    rows = [dict(way='a', x=value), dict(way='b', x=2*value)]
+    env = dict(date='d', machine='m', torch='2')
+    return dict(table=table, data=data, seed=seed, device='cpu', command='c', seconds=1, env=env, rows=rows)
 
 def test_a_line_takes_the_place_of_its_own_only(tmp_path):
-    for l in (line(1, 1.), line(0, 2.), line(1, 3.), line(1, 4., data='hep2'), line(None, 5., 'u')): results.store('p', l, tmp_path)
-    assert [(l['table'],l['data'],l['seed'],l['rows'][0]['x']) for l in results.lines('p', tmp_path)] == [('t','drawn',0,2.),('t','drawn',1,3.),('t','hep2',1,4.),('u','drawn',None,5.)]
+    lines = [line(1, 1.), line(0, 2.), line(1, 3.), line(1, 4., data='hep2'), line(None, 5., 'u')]
+    for l in lines: results.store('p', l, tmp_path)
+    got = [(l['table'],l['data'],l['seed'],l['rows'][0]['x']) for l in results.lines('p', tmp_path)]
+    assert got == [('t','drawn',0,2.),('t','drawn',1,3.),('t','hep2',1,4.),('u','drawn',None,5.)]
 
 def test_spread_is_mean_and_range_in_the_order_of_the_rows(tmp_path, monkeypatch):
     for s,x in enumerate((1.,2.,6.)): results.store('p', line(s, x), tmp_path)
@@ -28,7 +37,8 @@ def test_spread_is_mean_and_range_in_the_order_of_the_rows(tmp_path, monkeypatch
 @pytest.mark.parametrize('n', [2,5])
 def test_rounds_are_side_by_side(n):
     calls = []
-    rows = results.rounds({k:(lambda k=k: calls.append(k)) for k in 'abc'}, 'b', parser().parse_args(['--rounds',str(n)]))
+    ways = {k:(lambda k=k: calls.append(k)) for k in 'abc'}
+    rows = results.rounds(ways, 'b', parser().parse_args(['--rounds',str(n)]))
     turns = [calls[i:i+3] for i in range(0, len(calls), 3)]  # the first warms up
     assert len(turns) == n+1 and all(sorted(t) == ['a','b','c'] for t in turns) and len(set(map(tuple, turns))) > 1
     assert [r['way'] for r in rows] == ['a','b','c'] and 'ratio' not in rows[1] and rows[0]['ratio'] > 0
@@ -42,22 +52,31 @@ def test_results_are_stored(page, name):
         ls = [l for l in results.lines(page, results.RESULTS) if (l['table'],l['data']) == (name,data)]
         assert {l['seed'] for l in ls} >= ({None} if t.seeds is None else set(range(t.seeds))), data
         for l in ls:
+            values = [v for r in l['rows'] for v in r.values()]
             assert l['env']['torch'] and f'tools/bench {page} {name}' in l['command'] and l['rows']
-            assert not any('/' in str(v) and Path(str(v)).is_absolute() for r in l['rows'] for v in r.values())
-            assert sum(isinstance(v, float) and math.isfinite(v) for r in l['rows'] for v in r.values()) >= len(l['rows'])
+            assert not any('/' in str(v) and Path(str(v)).is_absolute() for v in values)
+            assert sum(isinstance(v, float) and math.isfinite(v) for v in values) >= len(l['rows'])
 
-SLOW = {('unet_norms','cost'),('speed','steps'),('speed','memory'),('speed','windows'),('speed','lockstep_exact'),('speed','population'),('speed','lockstep_seconds')}  # seconds of one operation each
+# Seconds of one operation each
+SLOW = {
+    ('unet_norms','cost'),
+    ('speed','steps'),
+    ('speed','memory'),
+    ('speed','windows'),
+    ('speed','lockstep_exact'),
+    ('speed','population'),
+    ('speed','lockstep_seconds')}
 
 @pytest.mark.parametrize('page,name', [k for k in TABLES if k not in SLOW])
 def test_tables_can_be_made(page, name):
     "The first rows, of few images"
     torch.manual_seed(0)
-    a = parser().parse_args([page, name, '--images', '256' if name == 'samples' else '64', '--epochs', '1', '--rounds', '1'])
-    rows = list(itertools.islice(TABLES[page,name].rows(TABLES[page,name].data[0], 0, a), 2))
+    n,t = '256' if name == 'samples' else '64',TABLES[page,name]
+    a = parser().parse_args([page, name, '--images', n, '--epochs', '1', '--rounds', '1'])
+    rows = list(itertools.islice(t.rows(t.data[0], 0, a), 2))
     assert len(rows) == 2 and all(isinstance(r, dict) for r in rows)
 
 def test_errors_of_the_command(capsys):
-    from bench.__main__ import main
     with pytest.raises(SystemExit): main(['accumulate','outcome','--epochs','1'])
     assert '--out' in capsys.readouterr().err
     with pytest.raises(SystemExit): main(['accumulate','--hep2','nowhere'])
@@ -67,16 +86,14 @@ def test_errors_of_the_command(capsys):
 
 def test_two_phase_is_the_large_batch_in_one_piece():
     "With one micro-batch its forward is the batch's, its running statistics are, and its gradient is not"
-    from bench.accumulate import TwoPhase
-    from fastai_bn.demo import small_resnet
-    from copy import deepcopy
     torch.manual_seed(0)
     model,x = small_resnet(3, 2, 4).double().train(),torch.randn(8,3,16,16, dtype=torch.float64)
     for m in model.modules():
         if isinstance(m, torch.nn.BatchNorm2d): torch.nn.init.uniform_(m.weight, .5, 1.5)
     two = TwoPhase(deepcopy(model), 2)
     p,q = model(x),two(x)
-    (p**2).mean().backward(); (q**2).mean().backward()
+    (p**2).mean().backward()
+    (q**2).mean().backward()
     n = x.shape[0]*4  # values per channel in the last layers: as constants there are the unbiased variances
     assert (p-q).abs().max() < p.abs().max()/n**.5
     for a,b in zip(model.buffers(), two.model.buffers()):
@@ -86,7 +103,6 @@ def test_two_phase_is_the_large_batch_in_one_piece():
 
 def test_renorm_is_bn_until_it_is_warm():
     pytest.importorskip('torchrl')
-    from bench.accumulate import renorm
     bn = torch.nn.Sequential(torch.nn.BatchNorm2d(3)).train()
     x = torch.randn(2,3,4,4)
     new = renorm(torch.nn.Sequential(torch.nn.BatchNorm2d(3)).train(), 4)

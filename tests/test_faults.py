@@ -1,35 +1,60 @@
-"""What goes wrong, goes wrong anywhere: an error, an interrupt or a cancelled batch, epoch or fit at each point of a window, in each mode. Afterwards weights and
-running statistics are those of the last step that was made, nothing of ours is left on model, learner or interpreter, and the next fit is the fit that a new learner makes"""
-import copy, gc, linecache, multiprocessing, os, random, subprocess, sys, threading
+"""What goes wrong, goes wrong anywhere: an error, an interrupt or a cancelled batch, epoch or fit at each point of a
+window, in each mode. Afterwards weights and running statistics are those of the last step that was made, nothing of
+ours is left on model, learner or interpreter, and the next fit is the fit that a new learner makes"""
+import ast
+import copy
+import gc
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import threading
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
-import pytest, torch
+import pytest
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from fastai.vision.all import (Adam, Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException,
-    CancelValidException, DataLoaders, TerminateOnNaNCallback, TfmdDL)
+from fastai.vision.all import (
+    Adam, Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
+    CancelStepException, CancelTrainException, CancelValidException, DataLoaders, TerminateOnNaNCallback, TfmdDL)
 
 import fastai_bn
 from fastai_bn.all import AccumulateGradBN, ActivationPager, MicroBatched, precise_bn
-from conftest import F64, assert_same, conv_net, do_fit, get_dls, get_learner, labels, reference_fit, snapshot, tilted
+from helpers import (
+    F64, Boom, DoAt, RaiseAt, assert_same, conv_net, do_fit, get_dls, get_learner, labels, mean_ce, process_env,
+    quiet_budget, reference_fit, snapshot, tilted)
 
-pytestmark = [pytest.mark.filterwarnings('ignore:A budget on the CPU', 'ignore:.*alone needs')]
+pytestmark = quiet_budget
 
-MODES = dict(none={}, two=dict(bn_bs=2), eight=dict(bn_bs=8), window=dict(bn_bs='window'), budget=dict(bn_bs='window', budget=2**14), pieces=dict(bn_bs='window', micro_bs=3),
-             all=dict(bn_bs='window', micro_bs=3, budget=2**14), int_all=dict(bn_bs=8, micro_bs=3, budget=2**14))
+BUDGET = 2**14
+MODES = dict(
+    none={},
+    two=dict(bn_bs=2),
+    eight=dict(bn_bs=8),
+    window=dict(bn_bs='window'),
+    budget=dict(bn_bs='window', budget=BUDGET),
+    pieces=dict(bn_bs='window', micro_bs=3),
+    all=dict(bn_bs='window', micro_bs=3, budget=BUDGET),
+    int_all=dict(bn_bs=8, micro_bs=3, budget=BUDGET))
 modes = pytest.mark.parametrize('mode', MODES)
 N,BS,STEP = 32,4,4  # two windows of 16 in an epoch
 
-ENV = {**os.environ, 'PYTHONPATH':os.pathsep.join([str(Path(fastai_bn.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])}
-
-class Boom(Exception): pass
+def in_a_process(code):
+    "Run `code`, which may use this file, in a process of its own"
+    command = [sys.executable, '-W', 'ignore', '-c', f'import test_faults\n{code}']
+    return subprocess.run(command, env=process_env(), cwd=Path(__file__).parent, capture_output=True, text=True,
+                          timeout=200)
 
 class Faulty(nn.Module):
-    "Identity that raises when told: in the `at`-th forward pass in training mode, or in the backward pass of what that made. In lock step each micro-batch has one"
+    """Identity that raises when told: in the `at`-th forward pass in training mode, or in the backward pass of what
+    that made. In lock step each micro-batch has one"""
     plan = dict(exc=None, at=-1, backward=False, n=0)  # of all instances: modules' own attributes are a micro-batch's
+
     @classmethod
     def reset(cls, exc=None, at=-1, backward=False): cls.plan.update(exc=exc, at=at, backward=backward, n=0)
     def forward(self, x):
@@ -42,10 +67,11 @@ class Faulty(nn.Module):
 
 class Raise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, exc): ctx.exc = exc; return x.view_as(x)
+    def forward(ctx, x, exc):
+        ctx.exc = exc
+        return x.view_as(x)
     @staticmethod
-    def backward(ctx, g):
-        raise ctx.exc
+    def backward(ctx, g): raise ctx.exc
 
 class FaultyDL(TfmdDL):
     "Raises when told, instead of giving batch `at`"
@@ -56,29 +82,19 @@ class FaultyDL(TfmdDL):
             yield b
 
 class FaultyLoss(nn.Module):
-    def __init__(self): super().__init__(); self.exc,self.at,self.n = None,-1,0
+    "Cross entropy that raises when told, in the `at`-th batch of the training"
+    def __init__(self):
+        super().__init__()
+        self.exc,self.at,self.n = None,-1,0
+
     def forward(self, p, y):
-        n,self.n = self.n,self.n+self.training_now()
-        if self.training_now() and n == self.at and self.exc is not None: raise self.exc
+        if torch.is_grad_enabled():
+            self.n += 1
+            if self.n-1 == self.at and self.exc is not None: raise self.exc
         return F.cross_entropy(p, y)
-    def training_now(self): return torch.is_grad_enabled()
-
-class At(Callback):
-    "Do `f(learn)` when `event` comes in training iteration `at` of the first epoch; iteration None: whenever"
-    def __init__(self, event, at, f, order=0):
-        self.event,self.at,self.f,self.order,self.done = event,at,f,order,False
-        setattr(self, event, self._do)
-    def _do(self):
-        if self.done or (self.at is not None and not (self.training and self.iter == self.at)): return
-        self.done = True
-        self.f(self.learn)
-
-def raising(exc):
-    def f(learn): raise exc
-    return f
 
 def net():
-    "The faulty layer in the middle, a layer that is used twice, dropout"
+    "The faulty layer in the middle"
     m = conv_net()
     return nn.Sequential(*m[:3], Faulty(), *m[3:])
 
@@ -91,9 +107,15 @@ def make(mode, *cbs, model=None, **kw):
 
 def traces():
     "What the interpreter would show of us"
-    return dict(threads=[o.name for o in threading.enumerate()], modes=len(_get_current_dispatch_mode_stack()), functions=torch.overrides._len_torch_function_stack(),
-                hooks=len(nn.modules.module._global_forward_pre_hooks), grad=torch.is_grad_enabled(), autocast=torch.is_autocast_enabled('cpu'),
-                tensor={k:vars(torch.Tensor).get(k) for k in ('__repr__','tolist','numpy','data_ptr','__dlpack__','_typed_storage')})
+    methods = '__repr__','tolist','numpy','data_ptr','__dlpack__','_typed_storage'
+    return dict(
+        threads=[o.name for o in threading.enumerate()],
+        modes=len(_get_current_dispatch_mode_stack()),
+        functions=torch.overrides._len_torch_function_stack(),
+        hooks=len(nn.modules.module._global_forward_pre_hooks),
+        grad=torch.is_grad_enabled(),
+        autocast=torch.is_autocast_enabled('cpu'),
+        tensor={k:vars(torch.Tensor).get(k) for k in methods})
 
 @cache
 def clean(mode):
@@ -119,7 +141,8 @@ class States(Callback):
     def after_batch(self): self._note()
     def after_train(self): self._note()
     def _note(self):
-        if self.stepped: self.states.append(snapshot(self.model)); self.stepped = False
+        if self.stepped: self.states.append(snapshot(self.model))
+        self.stepped = False
 
 def same(a, b): return all(torch.equal(a[k], b[k]) for k in b)
 
@@ -129,13 +152,15 @@ def check(learn, mode, step, before, between=False):
     for m in learn.model.modules():
         assert 'forward' not in m.__dict__ and not m._forward_hooks and not m._forward_pre_hooks
         if isinstance(m, nn.modules.batchnorm._BatchNorm): assert m.momentum == .1
-    assert not {'one_batch','_backward','_step',*(() if between else ('all_batches','__getstate__'))} & vars(learn).keys()
+    places = ['one_batch','_backward','_step']
+    if not between: places += ['all_batches','__getstate__']
+    assert not set(places) & vars(learn).keys()
     if learn.opt is not None: assert all(p.grad is None or not p.grad.any() for p in learn.model.parameters())
     Faulty.reset()
     cb = learn.accumulate_grad_bn
     if not between: assert cb.window is cb.batches is None
     if step is not None: assert same(learn.model.state_dict(), clean(mode)[step])
-    learn.remove_cbs([c for c in learn.cbs if isinstance(c, At)])
+    learn.remove_cbs([c for c in learn.cbs if isinstance(c, DoAt)])
     learn.dls.train.exc = learn.loss_func.exc = None
     want = after(mode, learn.model.state_dict()) if step is None else after_step(mode, step)
     learn.create_opt()
@@ -143,10 +168,14 @@ def check(learn, mode, step, before, between=False):
     assert same(learn.model.state_dict(), want)
     assert traces() == before
 
-def per_window(mode): return dict(none=4, two=8, eight=2, int_all=2).get(mode, 1)  # iterations
+def per_window(mode):
+    "Iterations of a window"
+    return dict(none=4, two=8, eight=2, int_all=2).get(mode, 1)
 
 def iters(mode):
-    "Iterations to fail in (the first of a fit, and in the second window the first, one in its middle and its last), and how many steps have been made by then"
+    """Iterations to fail in, and how many steps have been made by then.
+
+    The first of a fit, and in the second window the first, one in its middle and its last"""
     per = per_window(mode)
     return sorted({(i, i//per) for i in (0, per, per+per//2, 2*per-1)})
 
@@ -155,6 +184,18 @@ def iters(mode):
 
 ERRORS = [Boom, KeyboardInterrupt]
 
+def plan_error(learn, mode, where, i, exc):
+    "Have the data, the loss or the model fail in iteration `i`"
+    if where == 'data': learn.dls.train.exc,learn.dls.train.at = exc,first_batch(mode, i)
+    elif where == 'loss': learn.loss_func.exc,learn.loss_func.at = exc,i
+    else:
+        calls = {'pieces':6,'all':6,'int_all':3}.get(mode, 1)  # of the layer in an iteration: pieces of 3
+        Faulty.reset(exc, i*calls + calls//2, where == 'backward')
+
+def first_batch(mode, i):
+    "The DataLoader's batch that begins iteration `i`"
+    return i*STEP//per_window(mode)
+
 @modes
 @pytest.mark.parametrize('exc', ERRORS)
 def test_errors_in_model_loss_and_data(mode, exc):
@@ -162,13 +203,7 @@ def test_errors_in_model_loss_and_data(mode, exc):
     for where in ('forward','backward','loss','data'):
         for i,step in iters(mode):
             learn = make(mode)
-            if where == 'data':
-                learn.dls.train.exc,learn.dls.train.at = exc('x'),(k := i*STEP//per_window(mode))
-                step = k//STEP if mode == 'none' else step
-            elif where == 'loss': learn.loss_func.exc,learn.loss_func.at = exc('x'),i
-            else:
-                calls = {'pieces':6,'all':6,'int_all':3}.get(mode, 1)  # of the layer in an iteration: pieces of 3
-                Faulty.reset(exc('x'), i*calls + calls//2, where == 'backward')
+            plan_error(learn, mode, where, i, exc('x'))
             with pytest.raises(exc): do_fit(learn)
             check(learn, mode, step, before)
 
@@ -182,7 +217,7 @@ def test_errors_in_callbacks(mode, exc, order):
         for i,step in iters(mode):
             last = (i+1) % per_window(mode) == 0
             if event == 'before_step' and order == 20 and not last: continue  # skipped there
-            learn = make(mode, At(event, i, raising(exc('x')), order))
+            learn = make(mode, RaiseAt(event, i, exc('x'), order))
             with pytest.raises(exc): do_fit(learn)
             check(learn, mode, step + (event == 'after_batch' and last), before)
 
@@ -198,8 +233,10 @@ def test_cancellations(mode, exc):
             for i,_ in iters(mode)[-2:]:
                 if exc is CancelBackwardException and event != 'before_backward': continue
                 if exc is CancelStepException and event != 'before_step': continue
-                learn = make(mode, At(event, i, raising(exc()), order))
-                with pytest.raises(CancelBatchException) if (event,exc) == ('after_batch',CancelBatchException) else nullcontext(): do_fit(learn)  # too late: fastai does not catch it
+                learn = make(mode, RaiseAt(event, i, exc(), order))
+                too_late = event == 'after_batch' and exc is CancelBatchException  # fastai does not catch it
+                outcome = pytest.raises(CancelBatchException) if too_late else nullcontext()
+                with outcome: do_fit(learn)
                 check(learn, mode, None, before)
 
 @modes
@@ -210,7 +247,7 @@ def test_a_window_that_is_cancelled_leaves_the_last_step(mode, exc):
         for order,at in (0, iters(mode)[-2:]), (20, iters(mode)[-1:]):
             for i,step in at:
                 last = (i+1) % per_window(mode) == 0
-                learn = make(mode, At(event, i, raising(exc()), order))
+                learn = make(mode, RaiseAt(event, i, exc(), order))
                 do_fit(learn)
                 check(learn, mode, step + (event == 'after_batch' and last), before)
 
@@ -218,44 +255,42 @@ def test_a_window_that_is_cancelled_leaves_the_last_step(mode, exc):
 def test_cancelled_validation(mode):
     before = traces()
     for event in ('before_validate','after_pred'):
-        learn = make(mode, At(event, None, lambda learn: None))
-        class Cancel(Callback):
-            def before_validate(self): raise CancelValidException
-        learn.add_cb(Cancel())
+        cb = RaiseAt('before_validate', None, CancelValidException())
+        learn = make(mode, DoAt(event, None, lambda learn: None), cb)
         do_fit(learn)
-        learn.remove_cb(Cancel)
+        learn.remove_cb(cb)
         check(learn, mode, 2, before)
-
 # --- A fit inside a fit
 
 @modes
 @pytest.mark.parametrize('event', ['before_batch','after_loss','after_backward','after_batch','before_epoch'])
 def test_a_fit_in_an_epoch_of_the_same_learner_is_refused(mode, event):
     before = traces()
-    learn = make(mode, At(event, None if event == 'before_epoch' else per_window(mode), lambda l: do_fit(l), order=20))
+    at = None if event == 'before_epoch' else per_window(mode)
+    learn = make(mode, DoAt(event, at, do_fit, order=20))
     with pytest.raises(RuntimeError, match='fit .*of (the same|this) learner'): do_fit(learn)
-    check(learn, mode, None if event == 'before_epoch' else 1 + (event == 'after_batch' and per_window(mode) == 1), before)
+    steps = 1 + (event == 'after_batch' and per_window(mode) == 1)
+    check(learn, mode, None if event == 'before_epoch' else steps, before)
 
 @modes
 @pytest.mark.parametrize('event', ['before_fit','after_train','after_epoch','after_fit'])
 def test_a_fit_between_epochs_is_fine(mode, event):
     before = traces()
-    learn = make(mode, At(event, None, do_fit))
+    learn = make(mode, DoAt(event, None, do_fit))
     do_fit(learn)
     check(learn, mode, None, before)
 
-class Boss(Callback):
-    "Trains another learner of the same model in mid-epoch"
-    def __init__(self, other, at): self.other,self.at = other,at
-    def after_batch(self):
-        if self.training and self.iter == self.at: do_fit(self.other); self.model.train()
-
 @modes
 def test_another_learner_of_the_same_model_in_a_fit(mode):
-    "Between windows it is as if one fit had been put into the other. It ends the window in which it comes, as all gradients are the model's"
+    """Between windows it is as if one fit had been put into the other. It ends the window in which it comes, as all
+    gradients are the model's"""
     before = traces()
     one = make(mode)
-    two = make(mode, Boss(one, per_window(mode)-1), model=one.model)
+    def train_one(learn):
+        do_fit(one)
+        learn.model.train()
+    boss = DoAt('after_batch', per_window(mode)-1, train_one)
+    two = make(mode, boss, model=one.model)
     do_fit(two)
     want = make(mode)
     want.model.load_state_dict(clean(mode)[1])
@@ -263,16 +298,19 @@ def test_another_learner_of_the_same_model_in_a_fit(mode):
     rest = get_learner(get_dls(tilted(N)[16:], labels(N)[16:], BS), want.model, AccumulateGradBN(STEP, **MODES[mode]))
     do_fit(rest)
     assert same(one.model.state_dict(), want.model.state_dict())
-    two.remove_cb(two.boss)
+    two.remove_cb(boss)
     for o in (one,two): check(o, mode, None, before)
 
 def test_learners_in_turn():
     for mode in MODES:
         one = make(mode)
         two = make(mode, model=one.model)
-        do_fit(one); do_fit(two)
+        do_fit(one)
+        do_fit(two)
         ref = make(mode)
-        do_fit(ref); ref.create_opt(); do_fit(ref)
+        do_fit(ref)
+        ref.create_opt()
+        do_fit(ref)
         assert same(one.model.state_dict(), ref.model.state_dict())
 
 
@@ -283,12 +321,12 @@ def test_learners_in_turn():
 def test_a_copy_of_the_learner_is_on_its_own(mode, event):
     "fastai's learners cannot be copied in mid-epoch, nor those of any loop with a graph under way"
     before,copies = traces(),[]
-    learn = make(mode, At(event, None, lambda l: copies.append(copy.deepcopy(l))))
+    learn = make(mode, DoAt(event, None, lambda l: copies.append(copy.deepcopy(l))))
     do_fit(learn)
     c, = copies
     c.logger = learn.logger
-    for _ in range(2):
-        check(c, mode, 2 if _ == 0 else None, before)  # fits
+    for step in (2, None):
+        check(c, mode, step, before)  # fits
         assert same(learn.model.state_dict(), clean(mode)[2])
     check(learn, mode, 2, before)
 
@@ -298,11 +336,14 @@ def test_a_copy_of_the_learner_is_on_its_own(mode, event):
 @modes
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
 def test_a_loss_that_is_not_finite_and_a_callback_that_ends_the_fit(mode, value):
-    "`TerminateOnNaNCallback` acts after the batch: an open window is dropped, one that is complete was a step, as it is with a large batch"
+    """`TerminateOnNaNCallback` acts after the batch: an open window is dropped, one that is complete was a step, as it
+    is with a large batch"""
     class Spoil(Callback):
         order = -30
         def after_loss(self):
-            if self.training and self.iter == per_window(mode): self.learn.loss_grad = self.loss_grad*value; self.learn.loss = self.loss*value
+            if not self.training or self.iter != per_window(mode): return
+            self.learn.loss_grad = self.loss_grad*value
+            self.learn.loss = self.loss*value
     before = traces()
     learn = make(mode, Spoil(), TerminateOnNaNCallback())
     do_fit(learn)
@@ -315,7 +356,8 @@ def test_a_loss_that_is_not_finite_and_a_callback_that_ends_the_fit(mode, value)
 
 @modes
 def test_data_that_is_not_finite(mode):
-    "The window that it is in is that of plain PyTorch: NaN in all of it. With a callback that cancels such batches it is as if the batch never was"
+    """The window that it is in is that of plain PyTorch: NaN in all of it. With a callback that cancels such batches it
+    is as if the batch never was"""
     class Skip(Callback):
         order = -5
         def before_batch(self):
@@ -339,9 +381,14 @@ class Sizes(TfmdDL):
     def __iter__(self):
         i = 0
         for k in self.sizes:
-            b = [self.dataset[j] for j in range(i, i+k)]
+            yield self.stacked(range(i, i+k)) if k else self.empty()
             i += k
-            yield (torch.stack([x for x,_ in b]),torch.stack([y for _,y in b])) if k else (torch.zeros(0,3,6,6, dtype=F64),torch.zeros(0, dtype=torch.long))
+
+    def stacked(self, idx):
+        items = [self.dataset[j] for j in idx]
+        return torch.stack([x for x,_ in items]),torch.stack([y for _,y in items])
+
+    def empty(self): return torch.zeros(0,3,6,6, dtype=F64),torch.zeros(0, dtype=torch.long)
     def __len__(self): return len(self.sizes)
 
 def sized(mode, sizes):
@@ -359,11 +406,12 @@ def test_batches_of_odd_sizes(mode):
     learn = sized(mode, sizes)
     do_fit(learn)
     b = list(zip(tilted(N).split(sizes), labels(N).split(sizes)))
-    windows = [b[:4],b[4:]] if mode == 'none' else [[tuple(torch.cat(o) for o in zip(*b[:4]))],[tuple(torch.cat(o) for o in zip(*b[4:]))]]
-    assert_same(learn.model, reference_fit(net(), windows, lambda p,y: (F.cross_entropy(p, y, reduction='sum'), len(y))), 1e-11)
+    windows = [b[:4],b[4:]]
+    if mode != 'none': windows = [[joined(w)] for w in windows]
+    assert_same(learn.model, reference_fit(net(), windows, mean_ce), 1e-11)
     learn.dls = make(mode).dls
     check(learn, mode, None, before)
-
+def joined(batches): return tuple(torch.cat(o) for o in zip(*batches))
 @modes
 def test_an_empty_batch(mode):
     "counts for nothing"
@@ -373,8 +421,8 @@ def test_an_empty_batch(mode):
     assert all(o.isfinite().all() for o in learn.model.state_dict().values())
     xs,ys = tilted(N)[:28],labels(N)[:28]
     k = {'none':4,'two':2,'eight':8,'int_all':8}.get(mode, 16)
-    cut = lambda a,b: list(zip(xs[a:b].split(k), ys[a:b].split(k)))
-    assert_same(learn.model, reference_fit(net(), [cut(0, 12),cut(12, 28)], lambda p,y: (F.cross_entropy(p, y, reduction='sum'), len(y))), 1e-11)
+    def cut(a, b): return list(zip(xs[a:b].split(k), ys[a:b].split(k)))
+    assert_same(learn.model, reference_fit(net(), [cut(0, 12),cut(12, 28)], mean_ce), 1e-11)
     learn.dls = make(mode).dls
     check(learn, mode, None, before)
 
@@ -392,15 +440,17 @@ class Deadly:
 DEATHS = 'none','eight','window','all'
 
 def deaths():
-    "Without PyTorch's signal handler, which tells of a death wherever the process is by then, and more than once: the queue tells, too"
+    "Have workers die, in each mode, in the second window"
+    # Without PyTorch's signal handler, which tells of a death wherever the process is by then, and more than once: the
+    # queue tells, too
     torch.utils.data._utils.signal_handling._SIGCHLD_handler_set = True
     for mode in DEATHS:
         before = traces()
         learn = make(mode)
         learn.dls = DataLoaders(TfmdDL(Deadly(N-5), bs=BS, num_workers=1), learn.dls.valid, device='cpu')
-        try: do_fit(learn)
-        except (RuntimeError,OSError,EOFError) as e: assert isinstance(e, (OSError,EOFError)) or 'DataLoader worker' in str(e), e  # or the batch that it was handing over
-        else: raise AssertionError('it lives')
+        # It is the queue that tells, or the batch that the worker was handing over
+        with pytest.raises((RuntimeError,OSError,EOFError)) as e: do_fit(learn)
+        assert isinstance(e.value, (OSError,EOFError)) or 'DataLoader worker' in str(e.value), e.value
         learn.dls = make(mode).dls
         gc.collect()
         for o in threading.enumerate():
@@ -409,8 +459,7 @@ def deaths():
     print('survived', len(DEATHS))
 
 def test_worker_processes_that_die():
-    "In a process of its own"
-    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', 'import test_faults; test_faults.deaths()'], env=ENV, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=200)
+    run = in_a_process('test_faults.deaths()')
     assert run.stdout.strip() == f'survived {len(DEATHS)}', run.stderr[-3000:]
 
 
@@ -419,7 +468,8 @@ def test_worker_processes_that_die():
 @modes
 @pytest.mark.parametrize('event', ['after_backward','after_batch'])
 def test_load_in_mid_fit(mode, event, tmp_path):
-    "What is loaded is the model from then on. The window goes on with its gradient, as with plain accumulation; its statistics count as those of any window"
+    """What is loaded is the model from then on. The window goes on with its gradient, as with plain accumulation; its
+    statistics count as those of any window"""
     before,i = traces(),per_window(mode)-1
     saved = make(mode)
     do_fit(saved)
@@ -429,7 +479,7 @@ def test_load_in_mid_fit(mode, event, tmp_path):
     def load(learn):
         learn.load(tmp_path/'m', with_opt=False)
         seen.append(snapshot(learn.model))
-    learn = make(mode, At(event, i, load, order=30), cb := States())
+    learn = make(mode, DoAt(event, i, load, order=30), cb := States())
     do_fit(learn)
     assert same(seen[0], start) and len(cb.states) == 3
     first = cb.states[1]
@@ -438,75 +488,112 @@ def test_load_in_mid_fit(mode, event, tmp_path):
         assert all(torch.equal(first[k], start[k]) for k in start if 'running' in k or 'num' in k)
     else:
         ref,base = clean(mode)[1],clean(mode)[0]
-        for k in start:
-            if 'running' in k: torch.testing.assert_close(first[k]-.9*start[k], ref[k]-.9*base[k], rtol=1e-9, atol=1e-11)  # the window's moments
+        for k in start:  # the window's moments
+            if 'running' not in k: continue
+            torch.testing.assert_close(first[k]-.9*start[k], ref[k]-.9*base[k], rtol=1e-9, atol=1e-11)
     check(learn, mode, None, before)
 
 
 # --- An interrupt at any line of ours
 
 OURS = str(Path(fastai_bn.__file__).parent)
-LAST = {'insist','died'}  # what puts back, or runs in a weak reference's callback, from which Python lets nothing out. (And between `try` and what follows Python looks for no signal)
 
-def interrupted(f, k=None, seen=(), at=None):
-    "Call `f` with a `KeyboardInterrupt` at the `k`-th line of our code that is run, or when line `at` is. How many there were, and where it came. `seen`: which"
-    n,where = 0,None
-    def local(frame, event, arg):
-        nonlocal n,where
-        if event == 'line' and frame.f_code.co_name not in LAST and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith(('try:','finally:')):
-            n += 1
-            here = frame.f_code.co_filename,frame.f_lineno
-            if isinstance(seen, dict): seen[here] = n
-            if n == k or here == at:
-                where = frame.f_code.co_name,frame.f_lineno
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return local
-    sys.settrace(lambda frame, event, arg: local if frame.f_code.co_filename.startswith(OURS) else None)
-    try: f()
-    except KeyboardInterrupt: pass
-    finally: sys.settrace(None)
-    return n,where
+@cache
+def unasked(file):
+    """Numbers of lines before which Python looks for no signal, so that no interrupt can come there.
 
-def lines(n, times):
-    "Where to interrupt; all tests of this kind more often with FASTAI_BN_SOAK=10"
-    return random.Random(n).sample(range(1, n+1), min(n, times*int(os.environ.get('FASTAI_BN_SOAK', 1))))
+    It looks where a function begins, after a call, and in loops: not at `try`, and not between what it has tried and
+    what comes first in `finally`"""
+    tries = [o for o in ast.walk(ast.parse(Path(file).read_text())) if isinstance(o, ast.Try)]
+    return {o.lineno for o in tries} | {n for o in tries for n in first_lines(o.finalbody)}
+
+def first_lines(body):
+    "Numbers of the lines of `body` before which nothing is called"
+    if not body: return []
+    first = body[0]
+    branches = [first.body, first.orelse] if isinstance(first, ast.If) else []
+    return [first.lineno, *(n for b in branches for n in first_lines(b))]
+
+class Interrupt:
+    "Trace the lines of ours that `f()` runs, with a `KeyboardInterrupt` at the `k`-th, or when line `at` first comes"
+    def __init__(self, f, k=None, at=None):
+        self.k,self.at = k,at
+        self.n,self.seen = 0,{}             # how many lines were run, and which ones: by file and number
+        self.where,self.came_out = '',False # the place of the interrupt; has it come out of `f`?
+        hook,sys.unraisablehook = sys.unraisablehook,self.lost
+        sys.settrace(self.call)
+        try: f()
+        except KeyboardInterrupt: self.came_out = True
+        finally:
+            sys.settrace(None)
+            sys.unraisablehook = hook
+        assert self.came_out or not self.where, self.where
+
+    def call(self, frame, event, arg): return self.line if frame.f_code.co_filename.startswith(OURS) else None
+
+    def line(self, frame, event, arg):
+        here = frame.f_code.co_filename,frame.f_lineno
+        if event == 'line' and frame.f_lineno not in unasked(here[0]):
+            self.n += 1
+            self.seen[here] = self.n
+            if self.n == self.k or here == self.at: self.interrupt(here)
+        return self.line
+
+    def interrupt(self, here):
+        self.where = here
+        sys.settrace(None)
+        raise KeyboardInterrupt
+
+    def lost(self, unraisable):
+        "Forget an interrupt in a weak reference's callback, from which Python lets nothing out"
+        if unraisable.exc_type is KeyboardInterrupt: self.where = ''
+
+SOAK = int(os.environ.get('FASTAI_BN_SOAK', 0))  # all tests of this kind more often with FASTAI_BN_SOAK=10
 
 def is_step(state, states, i):
-    "The weights of step `i`; and its running statistics, or those of the step before, as these are written a moment later"
+    "The weights of step `i`, and its running statistics or those of the step before: they are written a moment later"
     counted = [k for k in state if 'running' in k or 'num_batches' in k]
-    return all(torch.equal(v, states[i][k]) for k,v in state.items() if k not in counted) and all(
-        any(all(torch.equal(state[k], states[j][k]) for k in counted if name in k) for j in (i,i-1) if j >= 0) for name in ('running','num_batches'))
+    def same_as(j, keys): return all(torch.equal(state[k], states[j][k]) for k in keys)
+    if not same_as(i, state.keys()-counted): return False
+    kinds = [[k for k in counted if name in k] for name in ('running','num_batches')]
+    return all(any(same_as(j, keys) for j in (i, i-1) if j >= 0) for keys in kinds)
 
 @modes
 def test_an_interrupt_at_any_line(mode):
     before,states = traces(),clean(mode)
-    n,_ = interrupted(lambda: do_fit(make(mode)))
-    for k in lines(n, 12):
+    n,n_hit = Interrupt(lambda: do_fit(make(mode))).n,0
+    ks = random.Random(n).sample(range(1, n+1), 12*max(1, SOAK))
+    for k in ks:
         learn = make(mode)
-        _,where = interrupted(lambda: do_fit(learn), k)
+        where = Interrupt(lambda: do_fit(learn), k).where
         if not where: continue  # there may be a few lines less: the garbage collector's calls
+        n_hit += 1
         assert any(is_step(learn.model.state_dict(), states, i) for i in range(len(states))), where
-        check(learn, mode, None, before, between=True)  # between the beginning of an epoch and that of its loop nobody closes; the next fit does
+        # Between the beginning of an epoch and that of its loop nobody closes; the next fit does
+        check(learn, mode, None, before, between=True)
         assert learn.accumulate_grad_bn.window is None and 'all_batches' not in vars(learn)
+    assert n > 1000 and n_hit > .8*len(ks)
 
 def interrupts(make, f):
-    "`f(make())` with an interrupt at every third line of ours, the first time that it is run, or at each with FASTAI_BN_SOAK: yields what was made"
-    seen = {}
-    interrupted(lambda: f(make()), seen=seen)
-    assert len(seen) > 100
-    for at in list(seen)[::1 if 'FASTAI_BN_SOAK' in os.environ else 3]:
+    "Yield what `make` made after `f` of it, interrupted where a line of ours first comes: each third (with SOAK, each)"
+    seen = list(Interrupt(lambda: f(make())).seen)
+    places = seen[::1 if SOAK else 3]
+    n_hit = 0
+    for at in places:
         o = make()
-        if interrupted(lambda: f(o), at=at)[1]: yield o
+        if not Interrupt(lambda: f(o), at=at).where: continue
+        n_hit += 1
+        yield o
+    assert len(seen) > 100 and n_hit > .8*len(places)
 
 def test_precise_bn_writes_all_or_nothing():
     before,batches = traces(),tilted(12).split(4)
-    make = lambda: conv_net()
-    old,want = snapshot(make()),make()
+    old,want = snapshot(conv_net()),conv_net()
     precise_bn(want, batches, progress=False)
-    for m in interrupts(make, lambda m: precise_bn(m, batches, progress=False, budget=2**14)):
+    for m in interrupts(conv_net, lambda m: precise_bn(m, batches, progress=False, budget=BUDGET)):
         assert same(m.state_dict(), old) or same(m.state_dict(), want.state_dict())
-        assert all(o.training for o in m.modules()) and not any('forward' in vars(o) or o._forward_hooks for o in m.modules())
+        assert all(o.training for o in m.modules())
+        assert not any('forward' in vars(o) or o._forward_hooks for o in m.modules())
         assert traces() == before
         precise_bn(m, batches, progress=False)
         assert same(m.state_dict(), want.state_dict())
@@ -514,19 +601,24 @@ def test_precise_bn_writes_all_or_nothing():
 @pytest.mark.parametrize('micro_bs', [None,3])
 def test_pager_and_lock_step_in_a_plain_loop(micro_bs):
     before,xs,ys = traces(),tilted(8),labels(8)
-    def make(): m = conv_net(); return m,MicroBatched(m, micro_bs) if micro_bs else m,ActivationPager(2**14)
-    def step(o):
-        with o[2]: F.cross_entropy(o[1](xs), ys).backward()
+    def make():
+        m = conv_net()
+        return m,MicroBatched(m, micro_bs) if micro_bs else m,ActivationPager(BUDGET)
+    def step(made):
+        _,model,pager = made
+        with pager: F.cross_entropy(model(xs), ys).backward()
     want = make()
     step(want)
     old = snapshot(make()[0])
-    for o in interrupts(make, step):
-        m = o[0]
+    for made in interrupts(make, step):
+        m = made[0]
         assert traces() == before and not any('forward' in vars(k) for k in m.modules())
         assert all(k.momentum == .1 for k in (m[1],m[4]))
-        m.load_state_dict(old); m.zero_grad()
-        step(o)
-        assert same(m.state_dict(), want[0].state_dict()) and all(torch.equal(p.grad, q.grad) for p,q in zip(m.parameters(), want[0].parameters()))
+        m.load_state_dict(old)
+        m.zero_grad()
+        step(made)
+        assert same(m.state_dict(), want[0].state_dict())
+        assert all(torch.equal(p.grad, q.grad) for p,q in zip(m.parameters(), want[0].parameters()))
 
 
 # --- Saved in mid-window, loaded in a new process
@@ -534,10 +626,13 @@ def test_pager_and_lock_step_in_a_plain_loop(micro_bs):
 def saving(path):
     "In the middle of the second window"
     for mode in MODES:
-        learn = make(mode, At('after_batch', k + (k-1)//2 if (k := per_window(mode)) > 1 else 0, lambda l: l.save(path/mode, with_opt=True)), opt_func=Adam)
-        do_fit(learn)
+        per = per_window(mode)
+        at = per + (per-1)//2 if per > 1 else 0
+        save = DoAt('after_batch', at, lambda l: l.save(path/mode, with_opt=True))
+        do_fit(make(mode, save, opt_func=Adam))
 
 def going_on(path):
+    torch.set_num_threads(1)
     for mode in MODES:
         learn = make(mode, opt_func=Adam)
         learn.load(path/mode, with_opt=True)
@@ -547,16 +642,16 @@ def going_on(path):
 def test_a_new_process_goes_on_after_the_last_step(tmp_path):
     "Weights, running statistics and the optimizer are there; the window under way is not, and begins anew"
     saving(tmp_path)
-    run = subprocess.run([sys.executable, '-W', 'ignore', '-c', f'import torch, test_faults, pathlib; torch.set_num_threads(1); test_faults.going_on(pathlib.Path({str(tmp_path)!r}))'],
-                         env=ENV, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=200)
+    run = in_a_process(f'import pathlib; test_faults.going_on(pathlib.Path({str(tmp_path)!r}))')
     assert run.returncode == 0, run.stderr[-3000:]
     for mode in MODES:
         learn = make(mode, opt_func=Adam)
-        all,learn.dls = learn.dls,get_dls(tilted(N)[:16], labels(N)[:16], BS)
+        dls = learn.dls
+        learn.dls = get_dls(tilted(N)[:16], labels(N)[:16], BS)
         do_fit(learn)  # the first window
         saved = torch.load(tmp_path/f'{mode}.pth', weights_only=False)['model']
         assert same(saved, snapshot(learn.model))
-        learn.dls = all
+        learn.dls = dls
         do_fit(learn)
         assert same(torch.load(tmp_path/f'{mode}-done.pth'), learn.model.state_dict())
 

@@ -1,11 +1,11 @@
 "Notebooks as Markdown: for the docs site, and for GitHub"
-import base64, sys
-from pathlib import Path
+import base64
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'tools'))
 from nb2md import convert, page, unlinked
+
+def paragraphs(*ps): return '\n\n'.join(ps)
 
 def md(s): return dict(cell_type='markdown', source=s.splitlines(keepends=True))
 def code(s, *out): return dict(cell_type='code', source=s.splitlines(keepends=True), outputs=list(out))
@@ -15,11 +15,18 @@ def gfm(*cells): return convert(dict(cells=cells), site=False, doc_url='https://
 def site(*cells): return convert(dict(cells=cells), site=True, files='p_files')
 
 def test_readme():
-    cells = md('# T\n\n::: {.callout-tip}\n## Hi\n\nthere\n:::\n\nsee [x](05_accumulate.ipynb#a)'), code('#| hide\n1'), code('#| export\n2'), code('#| echo: true\nprint(3)', printed('3\n'))
-    assert gfm(*cells) == '# T\n\n> [!TIP]\n> **Hi**\n>\n> there\n\nsee [x](https://x.org/d/accumulate.html#a)\n\n```python\nprint(3)\n```\n\n```\n3\n```\n'
+    head = paragraphs('# T', '::: {.callout-tip}\n## Hi', 'there\n:::', 'see [x](05_accumulate.ipynb#a)')
+    cells = [md(head), code('#| hide\n1'), code('#| export\n2'), code('#| echo: true\nprint(3)', printed('3\n'))]
+    assert gfm(*cells) == paragraphs(
+        '# T',
+        '> [!TIP]\n> **Hi**\n>\n> there',
+        'see [x](https://x.org/d/accumulate.html#a)',
+        '```python\nprint(3)\n```',
+        '```\n3\n```\n')
 
 def test_readme_shows_tables_as_text_and_no_pictures():
-    assert gfm(code('t', shown(text_html='<table></table>', text_plain='a  b'))) == '```python\nt\n```\n\n```\na  b\n```\n'
+    cell = code('t', shown(text_html='<table></table>', text_plain='a  b'))
+    assert gfm(cell) == paragraphs('```python\nt\n```', '```\na  b\n```\n')
     assert 'png' not in gfm(code('p', shown(image_png='AAAA', text_plain='<Figure>')))
 
 def test_front_matter_is_title_and_subtitle():
@@ -27,8 +34,13 @@ def test_front_matter_is_title_and_subtitle():
     assert site(raw)[0] == '# T\n\n`f`: what it is\n{: .subtitle }\n'
 
 def test_callouts_and_links():
-    text = site(md('::: {.callout-important}\n## Mind\n\none\n\ntwo\n:::\n\n[x](sub/13_paging.ipynb), [y](../faq.ipynb#z), [out](https://a.b/c.ipynb)'))[0]
-    assert text == '!!! info "Mind"\n\n    one\n\n    two\n\n[x](sub/paging.md), [y](../faq.md#z), [out](https://a.b/c.ipynb)\n'
+    links = '[x](sub/13_paging.ipynb), [y](../faq.ipynb#z), [out](https://a.b/c.ipynb)'
+    callout = paragraphs('::: {.callout-important}\n## Mind', 'one', 'two\n:::')
+    assert site(md(paragraphs(callout, links)))[0] == paragraphs(
+        '!!! info "Mind"',
+        '    one',
+        '    two',
+        '[x](sub/paging.md), [y](../faq.md#z), [out](https://a.b/c.ipynb)\n')
     assert site(md('::: {.callout-note}\nplain\n:::'))[0] == '!!! note\n\n    plain\n'
 
 def test_code_is_left_alone():
@@ -36,23 +48,35 @@ def test_code_is_left_alone():
     assert site(md(s))[0] == s+'\n'
 
 def test_folding_hiding_and_echo():
-    assert site(code('#| code-fold: true\n#| code-summary: _f, _g\ndef _f(): pass'))[0] == '??? code "_f, _g"\n\n    ```python\n    def _f(): pass\n    ```\n'
+    folded = code('#| code-fold: true\n#| code-summary: _f, _g\ndef _f(): pass')
+    assert site(folded)[0] == paragraphs('??? code "_f, _g"', '    ```python\n    def _f(): pass\n    ```\n')
     assert site(code('#| echo: false\nf()', printed('1')))[0] == '``` { .text .output }\n1\n```\n'
     assert site(code('#| hide\nf()', printed('1')), md('x'))[0] == 'x\n'
     assert site(code('f()', printed('warning', 'stderr')))[0] == '```python\nf()\n```\n'
 
 def test_pictures_are_files_named_by_what_they_are_about():
     png = base64.b64encode(b'PNG').decode()
-    text,images = site(md('## A `thing` {#id}'), code('p', shown(image_png=png)), code('q', shown(image_png=[png+'\n'])))
+    head = md('## A `thing` {#id}')
+    text,images = site(head, code('p', shown(image_png=png)), code('q', shown(image_png=[png+'\n'])))
     assert images == {'1.png':b'PNG', '2.png':b'PNG'}
     assert '![A thing](p_files/1.png)' in text and '![A thing](p_files/2.png)' in text
 
 def test_data_frames():
-    html = '<div>\n<style scoped>\n    .x {\n}\n</style>\n<table border="1" class="dataframe">\n  <tr style="text-align: right;"><td>1</td></tr>\n</table>\n</div>'
-    assert site(code('t', shown(text_html=[html], text_plain='1')))[0].endswith('<div class="output">\n<div>\n<table>\n<tr><td>1</td></tr>\n</table>\n</div>\n</div>\n')
+    html = ['<div>\n<style scoped>\n    .x {\n}\n</style>\n',
+            '<table border="1" class="dataframe">\n',
+            '  <tr style="text-align: right;"><td>1</td></tr>\n</table>\n</div>']
+    text = site(code('t', shown(text_html=html, text_plain='1')))[0]
+    table = '<table>\n<tr><td>1</td></tr>\n</table>'
+    assert text.endswith(f'<div class="output">\n<div>\n{table}\n</div>\n</div>\n')
 
-@pytest.mark.parametrize('s,want', [('[An [`A`](u) example](v)', '[An `A` example](v)'), ('[[`A`](u) and [`B`](v)](w)', '[`A` and `B`](w)'), ('## In a [`L`](x)', '## In a `L`'),
-                                    ('[`C`](c) and [a](b)', '[`C`](c) and [a](b)'), ('[x] ([`C`](c))', '[x] ([`C`](c))')])
+LINKS = {
+    '[An [`A`](u) example](v)': '[An `A` example](v)',
+    '[[`A`](u) and [`B`](v)](w)': '[`A` and `B`](w)',
+    '## In a [`L`](x)': '## In a `L`',
+    '[`C`](c) and [a](b)': '[`C`](c) and [a](b)',
+    '[x] ([`C`](c))': '[x] ([`C`](c))'}
+
+@pytest.mark.parametrize('s,want', LINKS.items())
 def test_links_that_nbdev_makes_where_they_cannot_be(s, want): assert unlinked(s) == want
 
 @pytest.mark.parametrize('stem,want', [('00_moments','moments'), ('index','index'), ('10b_x_y','x_y'), ('2d','2d')])

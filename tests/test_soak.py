@@ -1,21 +1,37 @@
-"""Many windows: nothing grows, and the running statistics are still the reference's. 60 windows a mode; `FASTAI_BN_SOAK=34 pytest -s tests/test_soak.py` makes 2,040 and
-says what grew"""
-import ctypes, gc, os, threading, time
+"""Many windows: nothing grows, and the running statistics are still the reference's.
+
+60 windows a mode; `FASTAI_BN_SOAK=34 pytest -s tests/test_soak.py` makes 2,040 and says what grew"""
+import ctypes
+import gc
+import os
+import threading
+import time
 from collections import Counter
 
-import pytest, torch
-import torch.nn.functional as F
+import pytest
+import torch
 from torch import nn
-
-from fastai_bn.all import AccumulateGradBN
-from conftest import assert_pristine, assert_same, conv_net, do_fit, get_dls, get_learner, labels, reference_fit, tilted, windows_of
 from fastai.basics import Callback
 
-pytestmark = pytest.mark.filterwarnings('ignore:A budget on the CPU', 'ignore:.*alone needs')
+from fastai_bn.all import AccumulateGradBN
+from helpers import (
+    assert_pristine, assert_same, conv_net, do_fit, get_dls, get_learner, labels, mean_ce, quiet_budget, reference_fit,
+    tilted, windows_of)
+
+pytestmark = quiet_budget
 BS,STEP,PER_EPOCH = 2,4,20  # windows of 8 samples, 20 in an epoch
 EPOCHS = 3*int(os.environ.get('FASTAI_BN_SOAK', 1))
-MODES = dict(none=({},2), one=(dict(bn_bs=4),4), window=(dict(bn_bs='window'),8), budget=(dict(bn_bs='window', budget=2**13),8), pieces=(dict(bn_bs='window', micro_bs=3),8),
-             all=(dict(bn_bs='window', micro_bs=3, budget=2**13),8), int_all=(dict(bn_bs=4, micro_bs=3, budget=2**13),4))
+BUDGET = 2**13
+
+# Arguments, and the BN batch
+MODES = dict(
+    none=({}, 2),
+    one=(dict(bn_bs=4), 4),
+    window=(dict(bn_bs='window'), 8),
+    budget=(dict(bn_bs='window', budget=BUDGET), 8),
+    pieces=(dict(bn_bs='window', micro_bs=3), 8),
+    all=(dict(bn_bs='window', micro_bs=3, budget=BUDGET), 8),
+    int_all=(dict(bn_bs=4, micro_bs=3, budget=BUDGET), 4))
 
 def rss():
     "Bytes of this process, what the C library could give back left out"
@@ -23,38 +39,57 @@ def rss():
     ctypes.CDLL('libc.so.6').malloc_trim(0)
     with open('/proc/self/statm') as f: return int(f.read().split()[1])*os.sysconf('SC_PAGE_SIZE')
 
+def n_hooks(model):
+    "All hooks of modules and of PyTorch"
+    own = sum(len(m._forward_hooks)+len(m._forward_pre_hooks)+len(m._backward_hooks) for m in model.modules())
+    return own + len(nn.modules.module._global_forward_pre_hooks)
+
+def is_ours(name): return name.startswith(('fastai_bn','torch.','greenlet'))
+
 class Watch(Callback):
     "What there is after each epoch"
     order = 90
     def before_fit(self): self.notes,self.rss = [],[]
     def after_epoch(self):
         self.rss.append(rss())
-        if self.epoch not in (1, self.n_epoch-1): return
-        objects = Counter(f'{type(o).__module__}.{type(o).__name__}' for o in gc.get_objects())
-        ours = {k:n for k,n in objects.items() if k.startswith(('fastai_bn','torch.','greenlet'))}
-        tensors = sum(o.nbytes for o in gc.get_objects() if type(o) is torch.Tensor and o.layout is torch.strided)
-        p = self.learn.accumulate_grad_bn.pager
-        tracked = None if p is None else (p.peak, p.host_peak, sum(n*len(b) for n,b in p._copies.pool.items()), p._copies.used)
-        hooks = sum(len(m._forward_hooks)+len(m._forward_pre_hooks)+len(m._backward_hooks) for m in self.model.modules()) + len(nn.modules.module._global_forward_pre_hooks)
-        self.notes.append(dict(objects=ours, tensors=tensors, tracked=tracked, threads=threading.active_count(), hooks=hooks))
+        if self.epoch in (1, self.n_epoch-1): self.notes.append(self.note())
+
+    def note(self):
+        objects,pager = gc.get_objects(),self.learn.accumulate_grad_bn.pager
+        names = Counter(f'{type(o).__module__}.{type(o).__name__}' for o in objects)
+        return dict(
+            objects={k:n for k,n in names.items() if is_ours(k)},
+            tensors=sum(o.nbytes for o in objects if type(o) is torch.Tensor and o.layout is torch.strided),
+            buffers=sum(o.nbytes() for o in objects if type(o) is torch.UntypedStorage),  # the pager's, on the host
+            peaks=None if pager is None else (pager.peak, pager.host_peak),
+            threads=threading.active_count(),
+            hooks=n_hooks(self.model))
+
+def running_error(model, ref):
+    "Largest error of a buffer, relative to its largest value"
+    return max(((a-b).abs().max()/b.abs().max().clamp(min=1)).item() for a,b in zip(model.buffers(), ref.buffers()))
 
 @pytest.mark.parametrize('mode', MODES)
 def test_nothing_grows(mode):
     kw,bn_bs = MODES[mode]
     n = BS*STEP*PER_EPOCH
     xs,ys = tilted(n),labels(n)
-    learn = get_learner(get_dls(xs, ys, BS, valid=(xs[:2],ys[:2])), conv_net(), [AccumulateGradBN(STEP, **kw), Watch()])
+    cbs = [AccumulateGradBN(STEP, **kw), Watch()]
+    learn = get_learner(get_dls(xs, ys, BS, valid=(xs[:2],ys[:2])), conv_net(), cbs)
     learn.remove_cb(learn.recorder)  # it keeps every loss
-    t = time.perf_counter()
+    start = time.perf_counter()
     do_fit(learn, EPOCHS, lr=1e-3)
-    t = time.perf_counter()-t
+    seconds = time.perf_counter()-start
     first,last = learn.watch.notes
     grown = learn.watch.rss[-1]-learn.watch.rss[(EPOCHS-1)//4]
     assert first == last
+    assert ('budget' in kw) == (last['buffers'] > 0)
     assert grown < 2**23, grown
-    ref = reference_fit(conv_net(), windows_of(xs, ys, bn_bs, BS*STEP//bn_bs), lambda p,y: (F.cross_entropy(p, y, reduction='sum'), len(y)), n_epoch=EPOCHS, lr=1e-3)
+    windows = windows_of(xs, ys, bn_bs, BS*STEP//bn_bs)
+    ref = reference_fit(conv_net(), windows, mean_ce, n_epoch=EPOCHS, lr=1e-3)
     assert_same(learn.model, ref, 1e-9)
     assert_pristine(learn)
-    err = max(((a-b).abs().max()/b.abs().max().clamp(min=1)).item() for a,b in zip(learn.model.buffers(), ref.buffers()))
-    print(f'\n{mode}: {EPOCHS*PER_EPOCH} windows, {t:.0f} s, resident {learn.watch.rss[-1]/2**20:.0f} MiB, grown by {grown} bytes, tensors {last["tensors"]} bytes, {last["threads"]} thread(s), '
-          f'{last["hooks"]} hooks, running statistics to {err:.0e}')
+    resident,error = learn.watch.rss[-1]/2**20,running_error(learn.model, ref)
+    print(f'\n{mode}: {EPOCHS*PER_EPOCH} windows, {seconds:.0f} s, resident {resident:.0f} MiB, grown by {grown} bytes',
+          f'tensors {last["tensors"]} bytes, {last["threads"]} thread(s), {last["hooks"]} hooks',
+          f'running statistics to {error:.0e}', sep=', ')
