@@ -129,7 +129,7 @@ def outcome(data:str, seed:int, a):
             dl_bs,cbs,make = way(bs)
             learn = learner(o, seed, dl_bs, cbs, make)
             learn.fit_one_cycle(epochs, LR)
-            row = dict(way=name, micro=bs, train_loss=learn._log.losses[-1], **score(learn.model, o),
+            row = dict(way=name, micro=bs, train_loss=learn.train_loss.epochs[-1], **score(learn.model, o),
                        weights=fingerprint(learn.model))
             yield row
             if name not in ('plain accumulation','AccumulateGradBN'): continue

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from fastai.basics import DataLoader, DataLoaders, Learner, noop, set_seed
+from fastai.basics import Callback, DataLoader, DataLoaders, Learner, find_bs, noop, set_seed
 from fastai.callback.progress import ProgressCallback
 from fastai.vision.all import Image
-from fastai_bn import demo
 from fastai_bn.all import HPA_LABELS, HPADataLoaders, make_hpa
+from fastai_bn.demo import small_resnet
 
 warnings.filterwarnings('ignore', '.*(scheduler.step|torch.jit)')
 
@@ -78,14 +78,26 @@ def images(data:str, a) -> Images:
 
 def net(o:Images) -> nn.Module:
     "The demo's ResNet at half its width: 0.3 million parameters, 12 BN layers"
-    return demo.small_resnet(o.train[0].shape[1], o.n_out, 16)
+    return small_resnet(o.train[0].shape[1], o.n_out, 16)
+
+class TrainLoss(Callback):
+    "The mean training loss of each epoch over its samples"
+    order = 60
+    def __init__(self): self.epochs = []  # not in before_fit, which validation calls too
+    def before_train(self): self.total,self.n = 0.,0
+    def after_batch(self):
+        if not self.training: return
+        n = find_bs(self.yb)
+        self.total += self.loss.item()*n
+        self.n += n
+    def after_train(self): self.epochs.append(self.total/self.n)
 
 def learner(o:Images, seed:int, bs:int, cbs=(), make=net) -> Learner:
     "The same weights and order of images for every seed, whatever `bs` and callbacks"
     set_seed(seed)
     def dl(t, **kw): return DataLoader(list(zip(*t)), num_workers=0, **kw)
     dls = DataLoaders(dl(o.train, bs=bs, shuffle=True, drop_last=True), dl(o.valid, bs=64), device='cpu')
-    learn = Learner(dls, make(o), loss_func=o.loss, cbs=[*cbs, demo._Log()])
+    learn = Learner(dls, make(o), loss_func=o.loss, cbs=[*cbs, TrainLoss()])
     learn.remove_cb(ProgressCallback)
     learn.logger = noop
     return learn

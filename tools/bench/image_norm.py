@@ -42,7 +42,7 @@ def exposure(data:str, seed:int, a):
         learn.fit_one_cycle(a.epochs or 6, 3e-3)
         cases = {**{k:(f(x[n:]),y[n:]) for k,f in SHIFTS.items()}, 'lab_shift=1':other}
         for k,(xs,ys) in cases.items():
-            row = dict(norm=name, images=k, train_loss=learn._log.losses[-1])
+            row = dict(norm=name, images=k, train_loss=learn.train_loss.epochs[-1])
             yield {**row, **score(learn.model, o, (norm(xs),ys))}
 
 def nuclei(data:str, seed:int, a):
@@ -80,7 +80,7 @@ def intensity(data:str, seed:int, a):
             o,_ = normalised((xs[:n],y[:n]), (xs[n:],y[n:]), kw)
             learn = learner(o, seed, 32)
             learn.fit_one_cycle(a.epochs or 6, 3e-3)
-            yield dict(half_as_bright=what, norm=name, train_loss=learn._log.losses[-1], **score(learn.model, o))
+            yield dict(half_as_bright=what, norm=name, train_loss=learn.train_loss.epochs[-1], **score(learn.model, o))
 
 def stretched(x) -> list:
     "Two percentiles of each channel of each image, in NumPy, as csbdeep has it"

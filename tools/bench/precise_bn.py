@@ -39,7 +39,8 @@ class ByEpoch(Callback):
             load_bn_state(self.model, own)
 
     def note(self, statistics:str, **kw):
-        row = dict(bs=self.dls.bs, epoch=self.epoch+1, statistics=statistics, train_loss=self.learn._log.losses[-1])
+        loss = self.learn.train_loss.epochs[-1]
+        row = dict(bs=self.dls.bs, epoch=self.epoch+1, statistics=statistics, train_loss=loss)
         self.rows.append({**row, **score(self.model, self.o), **kw})
 
 def epochs(data:str, seed:int, a):
@@ -95,7 +96,7 @@ def bn_batch(data:str, seed:int, a):
     o,n = images(data, a),a.epochs or 4
     for bs in (2,32):
         def row(way, **kw):
-            head = dict(bs=bs, way=way, train_loss=learn._log.losses[-1])
+            head = dict(bs=bs, way=way, train_loss=learn.train_loss.epochs[-1])
             return {**head, **(kw or score(learn.model, o))}
         learn = learner(o, seed, bs)
         learn.fit_one_cycle(n, lr(bs))
@@ -176,7 +177,7 @@ def composition(data:str, seed:int, a):
         xs = [t[0][:n] for t in labs]
         both = torch.cat(xs)[shuffled(2*n)]
         ways = {'moving averages':None, 'of both, batches mixed':[both,both], 'of each laboratory for itself':xs}
-        batches,loss = 'mixed' if mixed else 'of one laboratory',learn._log.losses[-1]
+        batches,loss = 'mixed' if mixed else 'of one laboratory',learn.train_loss.epochs[-1]
         for name,per_lab in ways.items():
             yield dict(batches=batches, statistics=name, train_loss=loss, **by_lab(learn.model, o, per_lab))
 
