@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import ranks
 from fastai_bn.all import AccumulateGradBN, MicroBatched

@@ -1,4 +1,5 @@
 "What tools/docs.py adds to nbdev's pages. The built site is tested in a browser: browser.py"
+import re
 from functools import cached_property
 from pathlib import Path
 
@@ -100,3 +101,18 @@ def test_pages_for_machines():
     assert docs.plain(PAGE) == PLAIN
     assert docs.described(PAGE) == f"---\ndescription: 'f: it'\n---\n\n{PAGE}"
     assert docs.described('# T\n\ntext') == '# T\n\ntext'
+
+@pytest.mark.parametrize('source,left', [
+    ('#| exporti\ndef f(): pass', 'Source of f\ndef f(): pass'),
+    ('#| export\ndef _f(): pass', 'Source of _f\ndef _f(): pass'),
+    ('#| export\ndef f(): pass', None),
+    ('#| hide\n#| export\ndef _f(): pass', None),
+    ('#| exporti\nx = 1', None),
+    ('x = 1', 'x = 1')])
+def test_code_that_is_not_for_users_is_folded(source, left):
+    "Other exported code goes: `show_doc` takes its place"
+    cell = docs.nbdev.processors.mk_cell(source)
+    cell.directives_ = {k:[] for k in re.findall(r'^#\| (\w+)', source, flags=re.M)}
+    docs.fold_private(cell)
+    got = getattr(cell, 'source', None)
+    assert got == left if left is None else got.endswith(left)

@@ -1,42 +1,60 @@
 """Notebooks as Markdown, in two dialects: the docs site's (Zensical, MkDocs' extensions) and GitHub's, for README.md.
 
-`convert(nb, site)` takes a notebook as a dict, raw or processed by nbdev. It knows what our notebooks use, and no more: front matter or a first cell of title and
-subtitle, callouts, links to notebooks, directives that hide or fold, and text, tables, pictures and `show_doc`'s Markdown as outputs."""
-import base64, re
+`convert(nb, site)` takes a notebook as a dict, raw or processed by nbdev. It knows what our notebooks use, and no more:
+front matter or a first cell of title and subtitle, callouts, links to notebooks, directives that hide or fold, and
+text, tables, pictures and `show_doc`'s Markdown as outputs."""
+import base64
+import re
 
 import yaml
 
-ALERT = dict(note='NOTE', tip='TIP', warning='WARNING', important='IMPORTANT', caution='CAUTION')   # GitHub's
-ADMONITION = dict(note='note', tip='tip', warning='warning', important='info', caution='danger')    # MkDocs'
+# GitHub's names, and MkDocs'
+ALERT = dict(note='NOTE', tip='TIP', warning='WARNING', important='IMPORTANT', caution='CAUTION')
+ADMONITION = dict(note='note', tip='tip', warning='warning', important='info', caution='danger')
 HIDDEN = {'hide','export','exporti','default_exp'}
 FENCED = re.compile(r'(^(?:`{3,}|~~~).*?^(?:`{3,}|~~~)[ \t]*$)', re.M|re.S)
 
-def page(stem:str) -> str: return re.sub(r'^\d+[a-z]?_', '', stem)  # as nbdev names its pages
+def page(stem:str) -> str:
+    "Name a notebook's page as nbdev does"
+    return re.sub(r'^\d+[a-z]?_', '', stem)
 
 def outside_code(f, s:str) -> str:
-    "`s` with `f` applied to what is outside fenced blocks"
+    "Apply `f` to what is outside fenced blocks"
     return ''.join(o if i%2 else f(o) for i,o in enumerate(FENCED.split(s)))
 
 def unlinked(s:str) -> str:
-    "`s` without the links that nbdev made of names where they are in the way: within links and headings"
+    "Remove the links that nbdev made of names where they are in the way: within links and headings"
     nested = r'(?<=\[)([^][\n]*)\[(`[^`]+`)\]\([^)]*\)(?=(?:[^][\n]|\[`[^`]+`\]\([^)]*\))*\]\()'
-    while s != (s := re.sub(nested, r'\1\2', s)): pass
-    return re.sub(r'^#+ .*', lambda h: re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', h[0]), s, flags=re.M)
+    before = None
+    while s != before: before,s = s,re.sub(nested, r'\1\2', s)
+    def plain(heading): return re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', heading[0])
+    return re.sub(r'^#+ .*', plain, s, flags=re.M)
 
 def indented(s:str) -> str: return re.sub(r'^(?=.)', '    ', s, flags=re.M)
 def text(o) -> str: return o if isinstance(o, str) else ''.join(o)
 
+def admonition(kind:str, title:str|None, body:str) -> str:
+    "Write a callout as MkDocs has it"
+    head = f'!!! {ADMONITION[kind]}' + (f' "{title}"' if title else '')
+    return f'{head}\n\n{indented(body)}'
+
+def alert(kind:str, title:str|None, body:str) -> str:
+    "Write a callout as GitHub has it"
+    lines = [f'[!{ALERT[kind]}]', *([f'**{title}**', ''] if title else []), *body.split('\n')]
+    return '\n'.join(f'> {line}' if line else '>' for line in lines)
+
 class Writer:
     "Markdown of one notebook; `images`, the content of its pictures by file name, is filled on the way"
     def __init__(self, site:bool, doc_url:str='', files:str=''):
-        self.site,self.doc_url,self.files,self.images,self.heading = site,doc_url.rstrip('/'),files,{},''
+        self.site,self.doc_url,self.files = site,doc_url.rstrip('/'),files
+        self.images,self.heading = {},''
 
     def callout(self, m):
         kind,body = m[1],m[2].strip('\n')
         title = re.match(r'##\s+(.*)\n*', body)
         if title: body = body[title.end():]
-        if self.site: return f'!!! {ADMONITION[kind]}' + (f' "{title[1]}"' if title else '') + '\n\n' + indented(body)
-        return re.sub(r'^', '> ', '\n'.join([f'[!{ALERT[kind]}]', *([f'**{title[1]}**',''] if title else []), body]), flags=re.M).replace('> \n', '>\n')
+        if self.site: return admonition(kind, title and title[1], body)
+        return alert(kind, title and title[1], body)
 
     def link(self, m):
         folder,_,stem = m[1].rpartition('/')
@@ -47,7 +65,8 @@ class Writer:
         s = re.sub(r'^:::\s*\{\.callout-(\w+)\}\n(.*?)^:::[ \t]*$', self.callout, s, flags=re.M|re.S)
         s = outside_code(lambda o: re.sub(r'\]\(([\w/.-]+)\.ipynb(#[^)]*)?\)', self.link, o), s)
         s = outside_code(unlinked, s)
-        for h in re.findall(r'^#+\s+(.*?)\s*(?:\{.*)?$', FENCED.sub('', s), flags=re.M): self.heading = h.replace('`', '')
+        headings = re.findall(r'^#+\s+(.*?)\s*(?:\{.*)?$', FENCED.sub('', s), flags=re.M)
+        if headings: self.heading = headings[-1].replace('`', '')
         return s
 
     def fence(self, s:str) -> str:
@@ -59,14 +78,14 @@ class Writer:
         if o['output_type'] == 'stream': return self.fence(text(o['text'])) if o['name'] == 'stdout' else ''
         data = {k:text(v) for k,v in o['data'].items() if isinstance(v, (str,list))}
         if 'text/markdown' in data: return self.prose(data['text/markdown'])
-        if self.site and 'image/png' in data:
-            name = f'{len(self.images)+1}.png'
-            self.images[name] = base64.b64decode(data['image/png'])
-            return f'![{self.heading}]({self.files}/{name})'
-        if self.site and 'text/html' in data:  # a data frame
-            table = re.sub(r'<style.*?</style>| border="1"| class="dataframe"| style="[^"]*"', '', data['text/html'], flags=re.S)
-            return '<div class="output">\n' + '\n'.join(l.strip() for l in table.splitlines() if l.strip()) + '\n</div>'
+        if self.site and 'image/png' in data: return self.picture(data['image/png'])
+        if self.site and 'text/html' in data: return data_frame(data['text/html'])
         return self.fence(data.get('text/plain', ''))
+
+    def picture(self, png:str) -> str:
+        name = f'{len(self.images)+1}.png'
+        self.images[name] = base64.b64decode(png)
+        return f'![{self.heading}]({self.files}/{name})'
 
     def code(self, c):
         src = text(c['source'])
@@ -91,7 +110,13 @@ class Writer:
         self.heading = front['title']
         return f'# {front["title"]}\n\n{front["description"]}\n{{: .subtitle }}'
 
+def data_frame(html:str) -> str:
+    "Write a table without what pandas and GitHub style it with"
+    table = re.sub(r'<style.*?</style>| border="1"| class="dataframe"| style="[^"]*"', '', html, flags=re.S)
+    lines = [l.strip() for l in table.splitlines() if l.strip()]
+    return '\n'.join(['<div class="output">', *lines, '</div>'])
+
 def convert(nb:dict, site:bool, doc_url:str='', files:str='') -> tuple[str,dict]: # Markdown, and pictures by file name
-    "Markdown of `nb`; with `site` its pictures are linked to in the folder `files`, without it all links go to `doc_url`"
+    "Write `nb` as Markdown. With `site`, pictures are links into the folder `files`; without, links go to `doc_url`"
     w = Writer(site, doc_url, files)
     return '\n\n'.join(o.strip('\n') for o in w.cells(nb) if o and o.strip()) + '\n',w.images

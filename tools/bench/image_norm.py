@@ -1,7 +1,8 @@
 "Single-image normalization: another exposure, and where intensity is the label"
 from functools import partial
 
-import numpy as np, torch
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from fastai_bn.all import ImageNormalize, image_normalize
@@ -9,15 +10,25 @@ from bench.common import Images, drawn_tensors, learner, peer, score
 from bench.results import Table, rounds
 from bench.unet_norms import fields, unet
 
-#: Of images as the microscope gives them, 0 to 1; 'training set' standardises by its mean and standard deviation per channel
-NORMS = {'training set':None, "per='channel', stat='std'":{}, "per='image', stat='std'":dict(per='image'), "per='channel', stat='percentile'":dict(stat='percentile'),
-         "per='channel', stat='minmax'":dict(stat='minmax')}
-SHIFTS = {'as they are':lambda x: x, '0.3 times as bright':lambda x: .3*x, '2 times as bright, clipped':lambda x: (2*x).clamp(max=1), 'on a ground of 0.2':lambda x: .8*x+.2}
+#: Of images as the microscope gives them, 0 to 1. 'training set' standardises by its mean and standard deviation per
+#: channel
+NORMS = {
+    'training set': None,
+    "per='channel', stat='std'": {},
+    "per='image', stat='std'": dict(per='image'),
+    "per='channel', stat='percentile'": dict(stat='percentile'),
+    "per='channel', stat='minmax'": dict(stat='minmax')}
+SHIFTS = {
+    'as they are': lambda x: x,
+    '0.3 times as bright': lambda x: .3*x,
+    '2 times as bright, clipped': lambda x: (2*x).clamp(max=1),
+    'on a ground of 0.2': lambda x: .8*x+.2}
 
 def normalised(train:tuple, valid:tuple, kw) -> tuple[Images,callable]:
     "The images normalised, and what does it to others"
     mean,std = (f(train[0], (0,2,3), keepdim=True) for f in (torch.mean,torch.std))
-    norm = (lambda x: (x-mean)/std) if kw is None else partial(image_normalize, **kw)
+    def standardise(x): return (x-mean)/std
+    norm = standardise if kw is None else partial(image_normalize, **kw)
     return Images((norm(train[0]),train[1]), (norm(valid[0]),valid[1])),norm
 
 def exposure(data:str, seed:int, a):
@@ -29,11 +40,14 @@ def exposure(data:str, seed:int, a):
         o,norm = normalised((x[:n],y[:n]), (x[n:],y[n:]), kw)
         learn = learner(o, seed, 32)
         learn.fit_one_cycle(a.epochs or 6, 3e-3)
-        for k,f in SHIFTS.items(): yield dict(norm=name, images=k, train_loss=learn._log.losses[-1], **score(learn.model, o, (norm(f(x[n:])),y[n:])))
-        yield dict(norm=name, images='lab_shift=1', train_loss=learn._log.losses[-1], **score(learn.model, o, (norm(other[0]),other[1])))
+        cases = {**{k:(f(x[n:]),y[n:]) for k,f in SHIFTS.items()}, 'lab_shift=1':other}
+        for k,(xs,ys) in cases.items():
+            row = dict(norm=name, images=k, train_loss=learn.train_loss.epochs[-1])
+            yield {**row, **score(learn.model, o, (norm(xs),ys))}
 
 def nuclei(data:str, seed:int, a):
-    "U-Nets with BN, 4 images, two epochs to 3e-4 (what lr_find gives for the training set's statistics): Dice on images of another exposure"
+    """U-Nets with BN, 4 images, two epochs to 3e-4 (what lr_find gives for the training set's statistics): Dice on
+    images of another exposure"""
     train,valid = fields(data, a)
     one = train[0][0].shape[0] == 1
     for name,kw in NORMS.items():
@@ -56,7 +70,8 @@ def labels(x:Tensor, what:str, seed:int) -> tuple[Tensor,Tensor]:
     return x,y
 
 def intensity(data:str, seed:int, a):
-    "Drawn images, of which every second at random has half the brightness: in all channels, or in the protein's (green) alone. Which ones?"
+    """Drawn images, of which every second at random has half the brightness: in all channels, or in the protein's
+    (green) alone. Which ones?"""
     n = a.images or 1024
     x,_ = drawn_tensors(n+512, 32)
     for what in ('all channels','green alone'):
@@ -65,7 +80,7 @@ def intensity(data:str, seed:int, a):
             o,_ = normalised((xs[:n],y[:n]), (xs[n:],y[n:]), kw)
             learn = learner(o, seed, 32)
             learn.fit_one_cycle(a.epochs or 6, 3e-3)
-            yield dict(half_as_bright=what, norm=name, train_loss=learn._log.losses[-1], **score(learn.model, o))
+            yield dict(half_as_bright=what, norm=name, train_loss=learn.train_loss.epochs[-1], **score(learn.model, o))
 
 def stretched(x) -> list:
     "Two percentiles of each channel of each image, in NumPy, as csbdeep has it"
@@ -74,22 +89,43 @@ def stretched(x) -> list:
 
 def ways_of(x:Tensor) -> dict:
     "Ways to normalise the images `x`"
-    ways = {'F.instance_norm':lambda: F.instance_norm(x.float()), "image_normalize(x)":lambda: image_normalize(x), "per='image'":lambda: image_normalize(x, 'image'),
-            "stat='minmax'":lambda: image_normalize(x, stat='minmax'), "stat='percentile'":lambda: image_normalize(x, stat='percentile'), "mask='nonzero'":lambda: image_normalize(x, mask='nonzero'),
-            'NumPy, two percentiles':lambda: stretched(x.numpy())}
-    if monai := peer('monai.transforms'):
-        norm = monai.NormalizeIntensity(channel_wise=True)
-        ways['MONAI NormalizeIntensity(channel_wise=True)'] = lambda: [norm(o) for o in x]
-    if alb := peer('albumentations'):
-        peer('cv2').setNumThreads(1)
-        images = [o.permute(1,2,0).contiguous().numpy() for o in x]
-        for kind in ('image_per_channel','image','min_max_per_channel'):
-            ways[f"albumentations Normalize('{kind}')"] = partial(lambda f: [f(image=o)['image'] for o in images], alb.Normalize(normalization=kind))
-    if kornia := peer('kornia.enhance'): ways['kornia normalize_min_max'] = lambda: kornia.normalize_min_max(x.float())
-    if torchio := peer('torchio'):
-        znorm,subjects = torchio.ZNormalization(),[[torchio.ScalarImage(tensor=c[None,:,:,None]) for c in o] for o in x]
-        ways['torchio ZNormalization, channel by channel'] = lambda: [[znorm(c) for c in o] for o in subjects]
+    ways = {
+        'F.instance_norm': lambda: F.instance_norm(x.float()),
+        'image_normalize(x)': lambda: image_normalize(x),
+        "per='image'": lambda: image_normalize(x, 'image'),
+        "stat='minmax'": lambda: image_normalize(x, stat='minmax'),
+        "stat='percentile'": lambda: image_normalize(x, stat='percentile'),
+        "mask='nonzero'": lambda: image_normalize(x, mask='nonzero'),
+        'NumPy, two percentiles': lambda: stretched(x.numpy())}
+    for theirs in (monai_ways,albumentations_ways,kornia_ways,torchio_ways): ways.update(theirs(x))
     return ways
+
+def monai_ways(x:Tensor) -> dict:
+    monai = peer('monai.transforms')
+    if monai is None: return {}
+    norm = monai.NormalizeIntensity(channel_wise=True)
+    return {'MONAI NormalizeIntensity(channel_wise=True)': lambda: [norm(o) for o in x]}
+
+def albumentations_ways(x:Tensor) -> dict:
+    alb = peer('albumentations')
+    if alb is None: return {}
+    peer('cv2').setNumThreads(1)
+    images = [o.permute(1,2,0).contiguous().numpy() for o in x]
+    def all_by(f): return [f(image=o)['image'] for o in images]
+    kinds = 'image_per_channel','image','min_max_per_channel'
+    return {f"albumentations Normalize('{k}')":partial(all_by, alb.Normalize(normalization=k)) for k in kinds}
+
+def kornia_ways(x:Tensor) -> dict:
+    kornia = peer('kornia.enhance')
+    if kornia is None: return {}
+    return {'kornia normalize_min_max': lambda: kornia.normalize_min_max(x.float())}
+
+def torchio_ways(x:Tensor) -> dict:
+    torchio = peer('torchio')
+    if torchio is None: return {}
+    znorm = torchio.ZNormalization()
+    subjects = [[torchio.ScalarImage(tensor=c[None,:,:,None]) for c in o] for o in x]
+    return {'torchio ZNormalization, channel by channel': lambda: [[znorm(c) for c in o] for o in subjects]}
 
 def cost(data:str, seed, a):
     "16 x 3 x 256 x 256, float32 from 0 to 255 and uint8"
@@ -98,4 +134,8 @@ def cost(data:str, seed, a):
     for dtype,x in ('float32',xs),('uint8',xs.byte()):
         for row in rounds(ways_of(x), 'F.instance_norm', a): yield dict(dtype=dtype, **row)
 
-TABLES = dict(exposure=Table(exposure), nuclei=Table(nuclei, ('drawn','nuclei')), intensity=Table(intensity), cost=Table(cost, seeds=None))
+TABLES = dict(
+    exposure=Table(exposure),
+    nuclei=Table(nuclei, ('drawn','nuclei')),
+    intensity=Table(intensity),
+    cost=Table(cost, seeds=None))

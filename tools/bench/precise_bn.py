@@ -9,12 +9,22 @@ from bench.common import Images, drawn, drawn_tensors, hep2, learner, score
 from bench.results import Table
 
 LR = 3e-3
-def images(data:str, a) -> Images: return drawn(a.images or 2048) if data == 'drawn' else hep2(a.hep2, a.images or 2048)
-def lr(bs:int) -> float: return LR*min(2, (bs/32)**.5)
+
+def images(data:str, a) -> Images:
+    "The images of a data set, twice as many as elsewhere"
+    return drawn(a.images or 2048) if data == 'drawn' else hep2(a.hep2, a.images or 2048)
+
+def lr(bs:int) -> float:
+    "The learning rate, as the root of the batch"
+    return LR*min(2, (bs/32)**.5)
+
+def shuffled(n:int, seed:int=0) -> Tensor:
+    "A random order that is always the same"
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 def population(model:nn.Module, x:Tensor, bn_bs:int, n:int=10_000):
     "Precise statistics of samples in a random order"
-    return precise_bn(model, x[torch.randperm(len(x), generator=torch.Generator().manual_seed(n))].split(bn_bs), n=n, progress=False)
+    return precise_bn(model, x[shuffled(len(x), n)].split(bn_bs), n=n, progress=False)
 
 class ByEpoch(Callback):
     "Scores after each epoch with the moving averages and with precise statistics, at the DataLoader's batch and at 64"
@@ -22,12 +32,16 @@ class ByEpoch(Callback):
     def __init__(self, o:Images): self.o,self.rows = o,[]
     def after_epoch(self):
         own,bs = bn_state(self.model),self.dls.bs
-        row = lambda s,**kw: self.rows.append(dict(bs=bs, epoch=self.epoch+1, statistics=s, train_loss=self.learn._log.losses[-1], **score(self.model, self.o), **kw))
-        row('moving averages')
+        self.note('moving averages')
         for name,bn_bs in ('precise_bn()',bs),('precise_bn(bn_bs=64)',64):
             t = population(self.model, self.o.train[0], bn_bs)
-            row(name, mean_shift=t.mean_shift.max(), var_ratio=t.var_ratio.max())
+            self.note(name, mean_shift=t.mean_shift.max(), var_ratio=t.var_ratio.max())
             load_bn_state(self.model, own)
+
+    def note(self, statistics:str, **kw):
+        loss = self.learn.train_loss.epochs[-1]
+        row = dict(bs=self.dls.bs, epoch=self.epoch+1, statistics=statistics, train_loss=loss)
+        self.rows.append({**row, **score(self.model, self.o), **kw})
 
 def epochs(data:str, seed:int, a):
     "Four epochs of one-cycle at batches of 2 to 512; the learning rate as the root of the batch, at most doubled"
@@ -47,7 +61,7 @@ def samples(data:str, seed:int, a):
     for n in (32,100,320,1000,3200):
         if n > len(o.train[0]): continue
         for draw in range(5):
-            i = torch.randperm(len(o.train[0]), generator=torch.Generator().manual_seed(100*n+draw))[:n]
+            i = shuffled(len(o.train[0]), 100*n+draw)[:n]
             precise_bn(learn.model, o.train[0][i].split(32), n=n, progress=False)
             yield dict(n=str(n), draw=draw, **score(learn.model, o))
     population(learn.model, o.train[0], 32)
@@ -67,7 +81,7 @@ class FreezeLast(Callback):
 def by_own_batches(model:nn.Module, o:Images, bs:int) -> dict:
     "Scores with the statistics of batches of `bs` validation images"
     state,predict = bn_state(model),model.train()
-    i = torch.randperm(len(o.valid[0]), generator=torch.Generator().manual_seed(0))
+    i = shuffled(len(o.valid[0]))
     class Predict(nn.Module):
         def forward(self, x):
             for m in bn_layers(predict).values(): m.train()
@@ -77,10 +91,13 @@ def by_own_batches(model:nn.Module, o:Images, bs:int) -> dict:
     return res
 
 def bn_batch(data:str, seed:int, a):
-    "Trained at a batch of 2 and of 32: the BN batch of the precise pass, batch statistics at inference, BN frozen at the end"
+    """Trained at a batch of 2 and of 32: the BN batch of the precise pass, batch statistics at inference, BN frozen at
+    the end"""
     o,n = images(data, a),a.epochs or 4
     for bs in (2,32):
-        def row(way, **kw): return dict(bs=bs, way=way, train_loss=learn._log.losses[-1], **(kw or score(learn.model, o)))
+        def row(way, **kw):
+            head = dict(bs=bs, way=way, train_loss=learn.train_loss.epochs[-1])
+            return {**head, **(kw or score(learn.model, o))}
         learn = learner(o, seed, bs)
         learn.fit_one_cycle(n, lr(bs))
         yield row('moving averages')
@@ -92,7 +109,10 @@ def bn_batch(data:str, seed:int, a):
         learn.fit_one_cycle(n, lr(bs))
         yield row('BN frozen in the last quarter')
 
-SHIFTS = {'as they are':lambda x: x, '0.3 times as bright':lambda x: .3*x, '0.4 times the contrast, on a bright ground':lambda x: .4*x+.5}
+SHIFTS = {
+    'as they are': lambda x: x,
+    '0.3 times as bright': lambda x: .3*x,
+    '0.4 times the contrast, on a bright ground': lambda x: .4*x+.5}
 
 def domain(data:str, seed:int, a):
     "Another laboratory: its images by statistics of the training set, and of themselves, without labels (AdaBN)"
@@ -109,7 +129,8 @@ def domain(data:str, seed:int, a):
         for n in (32,len(xy[0])):
             load_bn_state(learn.model, own)
             precise_bn(learn.model, xy[0][:n].split(32), n=n, progress=False)
-            yield dict(images=name, statistics='32 of these images' if n == 32 else 'these images', **score(learn.model, o, xy))
+            statistics = '32 of these images' if n == 32 else 'these images'
+            yield dict(images=name, statistics=statistics, **score(learn.model, o, xy))
 
 def changed(x:Tensor, f, o:Images) -> Tensor:
     "`f` of HEp-2 images as they were before they were standardised, whose blacks are 0 and whites 1"
@@ -125,27 +146,44 @@ def lab(shift:float, n:int, seed:int=1) -> tuple:
 def order(n:int, bs:int, mixed:bool) -> list:
     "An epoch's order of images, the second half of which are another laboratory's: mixed, or a batch from one"
     if mixed: return random.sample(range(n), n)
-    batches = [b for k in (0,n//2) for i in [random.sample(range(k, k+n//2), n//2)] for b in (i[j:j+bs] for j in range(0, n//2, bs))]
+    batches = []
+    for first in (0,n//2):
+        idx = random.sample(range(first, first+n//2), n//2)
+        batches += [idx[j:j+bs] for j in range(0, n//2, bs)]
     return sum(random.sample(batches, len(batches)), [])
 
+def joined(labs:list, part:slice) -> tuple:
+    "The same part of each laboratory's images and labels, one after the other"
+    return tuple(torch.cat([t[part] for t in ts]) for ts in zip(*labs))
+
+def by_lab(model:nn.Module, o:Images, per_lab:list|None) -> dict:
+    "Scores of each laboratory's half of the validation, with statistics of images of its own if they are given"
+    rows = {}
+    for k,name in enumerate('AB'):
+        if per_lab: precise_bn(model, per_lab[k].split(32), progress=False)
+        rows[name] = score(model, o, tuple(t[k*256:(k+1)*256] for t in o.valid))
+    return {f'{c} {name}':r[c] for c in ('valid_loss','score') for name,r in rows.items()}
+
 def composition(data:str, seed:int, a):
-    "Two laboratories (lab_shift 0 and 1), batches of 32: mixed or of one each; statistics of both together, and of each for itself"
+    """Two laboratories (lab_shift 0 and 1), batches of 32: mixed or of one each; statistics of both together, and of
+    each for itself"""
     n = (a.images or 2048)//64*32
     labs = [lab(s, n+256, seed=2+int(s)) for s in (0.,1.)]
-    o = Images(tuple(torch.cat([t[:n] for t in ts]) for ts in zip(*labs)), tuple(torch.cat([t[n:] for t in ts]) for ts in zip(*labs)))
+    o = Images(joined(labs, slice(n)), joined(labs, slice(n, None)))
     for mixed in (True,False):
         learn = learner(o, seed, 32)
         learn.dls.train.get_idxs = lambda: order(2*n, 32, mixed)
         learn.fit_one_cycle(a.epochs or 4, LR)
         xs = [t[0][:n] for t in labs]
-        both = torch.cat([torch.cat(xs)[i] for i in torch.randperm(2*n, generator=torch.Generator().manual_seed(0)).split(32)])
-        for stats,per_lab in ('moving averages',None),('of both, batches mixed',[both,both]),('of each laboratory for itself',xs):
-            rows = []
-            for k in (0,1):
-                if per_lab: precise_bn(learn.model, per_lab[k].split(32), progress=False)
-                rows.append(score(learn.model, o, tuple(t[k*256:(k+1)*256] for t in o.valid)))
-            yield dict(batches='mixed' if mixed else 'of one laboratory', statistics=stats, train_loss=learn._log.losses[-1],
-                       **{f'{c} {"AB"[k]}':r[c] for c in ('valid_loss','score') for k,r in enumerate(rows)})
+        both = torch.cat(xs)[shuffled(2*n)]
+        ways = {'moving averages':None, 'of both, batches mixed':[both,both], 'of each laboratory for itself':xs}
+        batches,loss = 'mixed' if mixed else 'of one laboratory',learn.train_loss.epochs[-1]
+        for name,per_lab in ways.items():
+            yield dict(batches=batches, statistics=name, train_loss=loss, **by_lab(learn.model, o, per_lab))
 
-TABLES = dict(epochs=Table(epochs, ('drawn','hep2')), samples=Table(samples, ('drawn','hep2')), bn_batch=Table(bn_batch, ('drawn','hep2')),
-              domain=Table(domain, ('drawn','hep2')), composition=Table(composition))
+TABLES = dict(
+    epochs=Table(epochs, ('drawn','hep2')),
+    samples=Table(samples, ('drawn','hep2')),
+    bn_batch=Table(bn_batch, ('drawn','hep2')),
+    domain=Table(domain, ('drawn','hep2')),
+    composition=Table(composition))

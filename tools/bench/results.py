@@ -1,5 +1,11 @@
 "Running tables, storing their results, and showing them"
-import argparse, datetime, json, multiprocessing, platform, random, time
+import argparse
+import datetime
+import json
+import multiprocessing
+import platform
+import random
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,16 +22,30 @@ class Table:
     data: tuple = ('drawn',) # Names of the data sets that it is made of
     seeds: int|None = 3      # Without --full; None: a timing, which has no seeds and runs alone
 
+PACKAGES = ['torch','torchvision','fastai','timm','fvcore','monai','albumentations','kornia','torchio','opacus',
+            'torchrl','torchgpipe']
+
+def installed(package:str) -> str|None:
+    "The version of a package"
+    try: return version(package)
+    except PackageNotFoundError: return None
+
 def environment(a) -> dict:
     "Machine and versions"
-    def has(p):
-        try: return version(p)
-        except PackageNotFoundError: return None
     import torch
-    gpu = torch.cuda.get_device_name() if a.device.startswith('cuda') else None
-    packages = 'torch','torchvision','fastai','timm','fvcore','monai','albumentations','kornia','torchio','opacus','torchrl','torchgpipe'
-    return dict(date=datetime.date.today().isoformat(), machine=f'{platform.machine()}, {multiprocessing.cpu_count()} cores' + (f', {gpu}' if gpu else ''),
-                python=platform.python_version(), **{p:has(p) for p in packages})
+    machine = [platform.machine(), f'{multiprocessing.cpu_count()} cores']
+    if a.device.startswith('cuda'): machine.append(torch.cuda.get_device_name())
+    return dict(date=datetime.date.today().isoformat(), machine=', '.join(machine), python=platform.python_version(),
+                **{p:installed(p) for p in PACKAGES})
+
+def command_of(page:str, name:str, data:str, seed:int|None, a) -> str:
+    "The command that makes a line of results again"
+    parts = ['python tools/bench', page, name]
+    if seed is not None: parts.append(f'--seeds {seed}')
+    parts += [f'--{k} {getattr(a, k)}' for k in ('images','epochs') if getattr(a, k)]
+    if data in ('hep2','nuclei'): parts.append(f'--{data} FOLDER')
+    if a.device != 'cpu': parts.append(f'--device {a.device}')
+    return ' '.join(parts)
 
 def one(page:str, name:str, data:str, seed:int|None, a) -> dict:
     "A line of results"
@@ -33,18 +53,24 @@ def one(page:str, name:str, data:str, seed:int|None, a) -> dict:
     torch.set_num_threads(1)
     start = time.perf_counter()
     rows = list(import_module(f'bench.{page}').TABLES[name].rows(data, seed, a))
-    args = [f'--{k} {v}' for k in ('images','epochs') if (v := getattr(a, k))] + ([f'--{data} FOLDER'] if data in ('hep2','nuclei') else [])
-    command = ' '.join(['python tools/bench', page, name, *([] if seed is None else [f'--seeds {seed}']), *args])
-    if a.device != 'cpu': command += f' --device {a.device}'
-    return dict(table=name, data=data, seed=seed, device=a.device, command=command, seconds=round(time.perf_counter()-start), env=environment(a), rows=rows)
+    return dict(table=name, data=data, seed=seed, device=a.device, command=command_of(page, name, data, seed, a),
+                seconds=round(time.perf_counter()-start), env=environment(a), rows=rows)
+
+def seeds_of(t:Table, a) -> list:
+    "The seeds to run a table with"
+    if t.seeds is None: return [None]
+    return a.seeds or list(range(5 if a.full else t.seeds))
+
+def is_there(page:str, name:str, data:str, a) -> bool:
+    "Tell whether there is such data. If not, say how to give it"
+    if data not in ('hep2','nuclei') or getattr(a, data): return True
+    print(f'{page} {name}: SKIPPED on {data}, whose folder --{data} names')
+    return False
 
 def run(page:str, tables:dict, a:argparse.Namespace):
     "Make the tables' rows, as many at a time as there are cores, store and print them"
-    tasks = []
-    for name,t in tables.items():
-        for data in t.data if a.data is None else [d for d in t.data if d == a.data]:
-            if data in ('hep2','nuclei') and not getattr(a, data): print(f'{page} {name}: SKIPPED on {data}, whose folder --{data} names'); continue
-            tasks += [(name, data, s) for s in ([None] if t.seeds is None else a.seeds or range(5 if a.full else t.seeds))]
+    wanted = [(name,data,t) for name,t in tables.items() for data in t.data if a.data in (None, data)]
+    tasks = [(name,data,s) for name,data,t in wanted if is_there(page, name, data, a) for s in seeds_of(t, a)]
     alone = [o for o in tasks if o[2] is None]
     with ProcessPoolExecutor(a.jobs, multiprocessing.get_context('spawn')) as pool:
         jobs = {pool.submit(one, page, *o, a):o for o in tasks if o not in alone}
@@ -52,31 +78,39 @@ def run(page:str, tables:dict, a:argparse.Namespace):
     for o in alone: store(page, one(page, *o, a), a.out)
 
 def lines(page:str, out:Path) -> list[dict]:
+    "Read the results of a page"
     f = Path(out)/f'{page}.jsonl'
     return [json.loads(l) for l in f.read_text(encoding='utf-8').splitlines()] if f.exists() else []
 
 def store(page:str, line:dict, out:Path):
     "Put a line in the place of an earlier one of the same table, data, seed and device"
-    key = lambda l: (l['table'], l['data'], -1 if l['seed'] is None else l['seed'], l['device'])
+    def key(l): return l['table'], l['data'], -1 if l['seed'] is None else l['seed'], l['device']
     kept = sorted([*(l for l in lines(page, out) if key(l) != key(line)), line], key=key)
     out.mkdir(parents=True, exist_ok=True)
     (out/f'{page}.jsonl').write_text('\n'.join(map(json.dumps, kept))+'\n', encoding='utf-8')
-    print(f"\n{page} {line['table']}, {line['data']}" + ('' if line['seed'] is None else f", seed {line['seed']}") + f": {line['seconds']} s\n"
-          + pd.DataFrame(line['rows']).to_string(index=False, float_format='{:.4g}'.format), flush=True)
+    seed = '' if line['seed'] is None else f", seed {line['seed']}"
+    print(f"\n{page} {line['table']}, {line['data']}{seed}: {line['seconds']} s")
+    print(pd.DataFrame(line['rows']).to_string(index=False, float_format='{:.4g}'.format), flush=True)
 
 def rounds(ways:dict, base:str, a, sync=None) -> list[dict]:
-    "Seconds of each of `ways`, which take turns `a.rounds` times: median, and median and quartiles of the ratio to `base` in the same round"
+    """Seconds of each of `ways`, which take turns `a.rounds` times.
+
+    Median, and median and quartiles of the ratio to `base` in the same round"""
     def timed(f):
-        start = time.perf_counter(); f()
+        start = time.perf_counter()
+        f()
         if sync: sync()
         return time.perf_counter()-start
     for f in ways.values(): timed(f)
-    names = list(ways)
-    order = random.Random(0)
-    df = pd.DataFrame([{k:timed(ways[k]) for k in order.sample(names, len(names))} for _ in range(a.rounds)])[names]
+    names,order = list(ways),random.Random(0)
+    turns = [order.sample(names, len(names)) for _ in range(a.rounds)]
+    df = pd.DataFrame([{k:timed(ways[k]) for k in turn} for turn in turns])[names]
     ratios = df.div(df[base], axis=0)
-    spread = lambda r: dict(q25=r.quantile(.25), q75=r.quantile(.75)) if a.rounds >= 3 else {}
-    return [dict(way=k, seconds=df[k].median(), **({} if k == base else dict(ratio=ratios[k].median(), **spread(ratios[k]))), rounds=a.rounds) for k in names]
+    def ratio(k):
+        r = ratios[k]
+        quartiles = dict(q25=r.quantile(.25), q75=r.quantile(.75)) if a.rounds >= 3 else {}
+        return dict(ratio=r.median(), **quartiles)
+    return [dict(way=k, seconds=df[k].median(), **(ratio(k) if k != base else {}), rounds=a.rounds) for k in names]
 
 # What the pages use
 
@@ -84,24 +118,43 @@ RESULTS = Path(__file__).resolve().parents[2]/'nbs/benchmarks/results'
 
 def load(page:str, table:str) -> pd.DataFrame:
     "All rows of a table, with columns for data and seed"
-    return pd.DataFrame([dict(data=l['data'], seed=l['seed'], **r) for l in lines(page, RESULTS) if l['table'] == table for r in l['rows']])
+    found = [l for l in lines(page, RESULTS) if l['table'] == table]
+    return pd.DataFrame([dict(data=l['data'], seed=l['seed'], **r) for l in found for r in l['rows']])
 
 def spread(df:pd.DataFrame, by, value:str, fmt:str='.3f', columns=None) -> pd.DataFrame:
-    "Mean (smallest to largest, unless all are the same to the digits shown) of `value` over seeds, a row for each of `by`, in the order in which they come"
+    """Mean (smallest to largest, unless all are the same to the digits shown) of `value` over seeds.
+
+    A row for each of `by`, in the order in which they come"""
     def text(s):
+        if s.isna().all(): return ''
         lo,mid,hi = (f'{v:{fmt}}' for v in (s.min(),s.mean(),s.max()))
-        return '' if s.isna().all() else mid if lo == hi else f'{mid} ({lo} to {hi})'
+        return mid if lo == hi else f'{mid} ({lo} to {hi})'
     keys = [by] if isinstance(by, str) else list(by)
-    res = df.groupby(keys + ([columns] if columns else []), sort=False, dropna=False)[value].agg(text)
+    if columns: keys.append(columns)
+    res = df.groupby(keys, sort=False, dropna=False)[value].agg(text)
     return res.unstack(columns).fillna('')[list(dict.fromkeys(df[columns]))] if columns else res.to_frame(value)
 
 def versions(page:str) -> pd.DataFrame:
     "Packages that its runs had; '' where a peer was not installed and so skipped"
-    return pd.DataFrame([l['env'] for l in lines(page, RESULTS)]).drop(columns=['date','machine']).fillna('').drop_duplicates()
+    envs = pd.DataFrame([l['env'] for l in lines(page, RESULTS)])
+    return envs.drop(columns=['date','machine']).fillna('').drop_duplicates()
 
 def measured(page:str) -> pd.DataFrame:
     "What each table is made of: data, seeds, seconds, machine, command"
-    ls = [dict(table=l['table'], data=l['data'], seeds='' if l['seed'] is None else str(l['seed']), seconds=l['seconds'], date=l['env']['date'], machine=l['env']['machine'],
-               torch=l['env']['torch'], command=l['command'].replace(f"--seeds {l['seed']}", '--seeds ...')) for l in lines(page, RESULTS)]
+    rows = [without_seed(l) for l in lines(page, RESULTS)]
     keys = ['table','data','date','machine','torch','command']
-    return pd.DataFrame(ls).groupby(keys, sort=False).agg(seeds=('seeds',', '.join), seconds=('seconds',lambda s: '' if s.isna().any() else f'{s.min():.0f}' if s.min() == s.max() else f'{s.min():.0f} to {s.max():.0f}')).reset_index()
+    groups = pd.DataFrame(rows).groupby(keys, sort=False)
+    return groups.agg(seeds=('seeds',', '.join), seconds=('seconds',span)).reset_index()
+
+def without_seed(l:dict) -> dict:
+    "What a line of results is made of, its seed by itself"
+    env,seed = l['env'],l['seed']
+    command = l['command'].replace(f'--seeds {seed}', '--seeds ...')
+    return dict(table=l['table'], data=l['data'], seeds='' if seed is None else str(seed), seconds=l['seconds'],
+                date=env['date'], machine=env['machine'], torch=env['torch'], command=command)
+
+def span(s:pd.Series) -> str:
+    "Smallest to largest, '' where there is none"
+    if s.isna().any(): return ''
+    lo,hi = f'{s.min():.0f}',f'{s.max():.0f}'
+    return lo if s.min() == s.max() else f'{lo} to {hi}'
