@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from .layers import BUFFERS, buffers_of, first_tensor, one_value, refuse_lazy, updates_stats
-from .undo import StandIn, insist, stand_in
+from .undo import REDUCE, StandIn, insist, stand_in
 
 # %% auto #0
 __all__ = []
@@ -53,7 +53,7 @@ def undiverted(m:nn.Module):
     return m.forward if o is None else o.inner
 
 # %% ../nbs/00c_diversion.ipynb #14a79f28
-PLACES = 'forward','__getstate__'  # where something stands in
+PLACES = 'forward',REDUCE  # where something stands in
 
 def _put_back(before:list):
     "Give BN layers what they had: attributes of their own, momentum and buffers"

@@ -44,7 +44,9 @@ def replaced(obj, name:str, value):
         if before is missing: insist(vars(obj).pop, name, None)
         else: insist(vars(obj).__setitem__, name, before)
 
-# %% ../nbs/04_undo.ipynb #436f6a5a
+# %% ../nbs/04_undo.ipynb #73941d8f
+REDUCE = '__reduce_ex__' # what copies and pickles ask an object for
+
 class StandIn:
     "Stand in for the method `inner` of an object"
     def __init__(self, inner): self.inner,self.was_own = inner,False  # was there an attribute of the object itself?
@@ -53,21 +55,32 @@ class StandIn:
     def __deepcopy__(self, memo): return StandIn(deepcopy(self.inner, memo))
     def __reduce__(self): return StandIn, (self.inner,)
 
-class _State(StandIn):
-    "The state of `obj` without what stands in"
+class _Reduce(StandIn):
+    "Reduce `obj` for a copy or a pickle, without what stands in"
     def __init__(self, obj):
-        super().__init__(getattr(obj, '__getstate__', None))
+        super().__init__(None)
         self.obj = obj
 
-    def run(self):
-        state = vars(self.obj) if self.inner is None else self.inner()
-        if not isinstance(state, dict): return state
-        return {k:o for k,v in state.items() for o in _without(v)}
+    def run(self, protocol:int):
+        own = vars(self.obj)
+        ours = {k:v for k,v in own.items() if is_stand_in(v)}
+        try:
+            for k,v in ours.items(): _leave_out(own, k, v)
+            clean,res = dict(own),self.obj.__reduce_ex__(protocol)
+        finally: own.update(ours)
+        if isinstance(res, str) or len(res) < 3: return res
+        state = clean if res[2] is own else res[2]
+        if isinstance(state, tuple): state = tuple(clean if o is own else o for o in state)
+        return *res[:2],state,*res[3:]
 
-def _without(value) -> list:
-    "List what belongs in a state for `value`: nothing for what stands in for a method of the class"
-    if not is_stand_in(value): return [value]
-    return _without(value.__self__.inner) if value.__self__.was_own else []
+    def __deepcopy__(self, memo): return _Reduce(deepcopy(self.obj, memo))
+    def __reduce__(self): return _Reduce, (self.obj,)
+
+def _leave_out(own:dict, name:str, value):
+    "Give attribute `name` in `own`, which `value` stands in for, the value it had"
+    while is_stand_in(value) and value.__self__.was_own: value = value.__self__.inner
+    if is_stand_in(value): del own[name]
+    else: own[name] = value
 
 def is_stand_in(value) -> bool:
     "Tell whether `value` stands in for a method"
@@ -78,7 +91,7 @@ def stand_in(obj, name:str, stand:StandIn):
     own = vars(obj)
     if name in own: stand.was_own = own[name].__self__.was_own if is_stand_in(own[name]) else True
     own[name] = stand.call
-    if '__getstate__' not in own: own['__getstate__'] = _State(obj).call
+    if REDUCE not in own: own[REDUCE] = _Reduce(obj).call
 
 def take_away(obj, name:str, before=None):
     "Take away what stands in for method `name` of `obj`, which itself had `before` there, or nothing"
@@ -86,7 +99,7 @@ def take_away(obj, name:str, before=None):
     if before is None: own.pop(name, None)
     else: own[name] = before
     left = [k for k,v in list(own.items()) if is_stand_in(v)]
-    if left == ['__getstate__']: del own['__getstate__']
+    if left == [REDUCE]: del own[REDUCE]
 
 # %% ../nbs/04_undo.ipynb #3a29e1d5
 class Instead(StandIn):

@@ -3,17 +3,12 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault('MPLBACKEND', 'agg')  # before helpers, which import fastai
+os.environ.setdefault('MPLBACKEND', 'agg')  # before fastai is imported
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'tools'))
 
 import pytest
 import torch
 from fastai.basics import set_seed
-
-import helpers
-from helpers import *  # noqa: for tests that import these names from here
-
-At = helpers.ItemOf
 
 # pytest runs on as many processes as there are cores
 torch.set_num_threads(int(os.environ.get('FASTAI_BN_THREADS', 1)))

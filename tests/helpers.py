@@ -292,7 +292,7 @@ def snapshot(model): return copy.deepcopy(model.state_dict())
 
 def stand_ins(model):
     "List what stands in for methods of a model's modules"
-    return [k for m in model.modules() for k in ('forward','__getstate__') if k in vars(m)]
+    return [k for m in model.modules() for k in ('forward','__reduce_ex__') if k in vars(m)]
 
 def assert_pristine(learn):
     "No trace of a callback on model or learner"
@@ -300,7 +300,7 @@ def assert_pristine(learn):
     for m in learn.model.modules():
         assert not m._forward_hooks and not m._forward_pre_hooks
         if isinstance(m, nn.modules.batchnorm._BatchNorm): assert m.momentum != 1.
-    places = {'all_batches','one_batch','_backward','_step','_do_epoch_validate','__getstate__'}
+    places = {'all_batches','one_batch','_backward','_step','_do_epoch_validate','__reduce_ex__'}
     assert not places & vars(learn).keys()
 
 def assert_same_fit(big, ours):

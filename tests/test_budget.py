@@ -10,9 +10,8 @@ from fastai.vision.all import (Callback, CancelBatchException, CrossEntropyLossF
 
 from fastai_bn.accumulate import *
 from fastai_bn.paging import ActivationPager
-from conftest import assert_pristine, do_fit, get_dls, get_learner, labels, reference_fit, snapshot, tilted, windows_of
-from test_accumulate import Boom, CPUScaler, RaiseAt
-from test_bn_bs import assert_same_fit, fits, head_net, learner, one_cycle, shuffled
+from helpers import (Boom, CPUScaler, RaiseAt, assert_pristine, assert_same_fit, do_fit, fits, get_dls, get_learner,
+                     head_net, labels, learner, one_cycle, reference_fit, shuffled, snapshot, tilted, windows_of)
 
 pytestmark = pytest.mark.filterwarnings('ignore:A budget on the CPU', 'ignore:.*alone needs')
 

@@ -153,7 +153,7 @@ def check(learn, mode, step, before, between=False):
         assert 'forward' not in m.__dict__ and not m._forward_hooks and not m._forward_pre_hooks
         if isinstance(m, nn.modules.batchnorm._BatchNorm): assert m.momentum == .1
     places = ['one_batch','_backward','_step']
-    if not between: places += ['all_batches','__getstate__']
+    if not between: places += ['all_batches','__reduce_ex__']
     assert not set(places) & vars(learn).keys()
     if learn.opt is not None: assert all(p.grad is None or not p.grad.any() for p in learn.model.parameters())
     Faulty.reset()

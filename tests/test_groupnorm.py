@@ -10,7 +10,7 @@ from fastai.basics import Adam, Learner, norm_bias_params
 from fastai.layers import BatchNorm, BatchNorm1dFlat, NormType, SimpleCNN
 from fastai.torch_core import apply_init
 from fastai.vision.all import create_head, create_unet_model, resnet18, resnet50, vision_learner
-from conftest import F64, assert_pristine, conv_net, do_fit, get_dls, get_learner, labels, tilted
+from helpers import F64, assert_pristine, conv_net, do_fit, get_dls, get_learner, labels, tilted
 from fastai_bn.all import AccumulateGradBN, GroupNorm, bn_to_gn, weight_standardize
 from fastai_bn.groupnorm import _n_groups, _Standardized
 

@@ -24,11 +24,10 @@ from fastai_bn.moments import bn_layers, capture_moments
 from fastai_bn.paging import ActivationPager
 from fastai_bn.pooled import _affine, _mean_var, _sums
 from fastai_bn.precise import PreciseBN, precise_bn
-from fastai_bn.turns import LockStep, _settings
-from conftest import (AS_GOOD, F64, assert_pristine, assert_same, conv_net, do_fit, get_dls, get_learner, labels,
-                      rounding, snapshot, tilted)
-from test_accumulate import Boom, CPUScaler, RaiseAt
-from test_bn_bs import learner, one_cycle
+from fastai_bn.threads import settings
+from fastai_bn.turns import LockStep
+from helpers import (AS_GOOD, Boom, CPUScaler, F64, RaiseAt, assert_pristine, assert_same, conv_net, do_fit, get_dls,
+                     get_learner, labels, learner, one_cycle, rounding, snapshot, tilted)
 
 pytestmark = pytest.mark.filterwarnings('ignore:A budget on the CPU', 'ignore:.*alone needs')
 
@@ -703,22 +702,22 @@ class Settings(nn.Module):
         self.kind,self.seen = kind,[]
         self.a,self.b,self.c = nn.Conv2d(3,4,3),nn.BatchNorm2d(4),nn.BatchNorm2d(4)
     def forward(self, x):
-        self.seen = [_settings()]
+        self.seen = [settings()]
         with SETTINGS[self.kind]():
             y = self.b(self.a(x))
-            inner = _settings()
+            inner = settings()
             y = self.b(y)
-            assert _settings() == inner
-        self.seen.append(_settings())
+            assert settings() == inner
+        self.seen.append(settings())
         return self.c(self.a(x))+y.clone()
 
 @pytest.mark.parametrize('outer', ['grad','no_grad'])
 @pytest.mark.parametrize('kind', SETTINGS)
 def test_settings_stay_with_their_micro_batch(kind, outer):
     a,b,x = Settings(kind).double().train(),Settings(kind).double().train(),tilted(8)
-    before = _settings()
+    before = settings()
     with torch.set_grad_enabled(outer == 'grad'): p,q = a(x),MicroBatched(b, 3)(x)
-    assert error(q, p) < 1e-13 and q.requires_grad == p.requires_grad and _settings() == before
+    assert error(q, p) < 1e-13 and q.requires_grad == p.requires_grad and settings() == before
     assert b.seen[0] == b.seen[1]
     if p.requires_grad:
         for m,o in ((a,p),(b,q)): weigh(o).backward()
@@ -777,11 +776,11 @@ ERRORS = Boom('x'),KeyboardInterrupt(),SystemExit(3),StopIteration()
 def test_exceptions_come_out_as_they_are(at, error):
     CLOSED.clear()
     m = Fails(at, error).train()
-    mode,hooks = _settings(),len(m.m[1]._forward_hooks)
+    mode,hooks = settings(),len(m.m[1]._forward_hooks)
     with pytest.raises(type(error)) as e: MicroBatched(m, 3)(tilted(8))
     assert e.value is error
     assert any('in forward' in o and 'raise self.error' in o for o in traceback.format_exception(e.value))
-    assert len(CLOSED) == 3 and _settings() == mode  # each has been unwound
+    assert len(CLOSED) == 3 and settings() == mode  # each has been unwound
     assert not any(type(o) is greenlet and o and o is not getcurrent() for o in gc.get_objects())
     assert_untouched(m)
     assert [b.num_batches_tracked.item() for b in bn_layers(m).values()] == [1, 1 if at == 'end' else 0]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastai_bn.moments import *
-from conftest import F64, conv_net, tilted
+from helpers import F64, conv_net, tilted
 
 def of(moments): return dict(moments.items())
 

@@ -9,7 +9,7 @@ from fastai.vision.all import (
     CategoryBlock, DataBlock, DataLoaders, Datasets, L, ImageBlock, ImageDataLoaders, MaskBlock, Normalize, PILImage,
     PILMask, TensorBBox, TensorCategory, TensorImage, TensorImageBW, TensorMask, TensorPoint, aug_transforms,
     imagenet_stats, load_learner, model_meta, resnet18, risinstance, unet_learner, vision_learner)
-from conftest import rounding
+from helpers import rounding
 from fastai_bn.all import HPADataLoaders, ImageNormalize, image_normalize, make_hpa
 from fastai_bn.hpa import TensorHPA
 from fastai_bn.normalize import _Normalized

@@ -23,7 +23,7 @@ from fastai_bn.accumulate import AccumulateGradBN
 from fastai_bn.moments import BNMoments, bn_layers, capture_moments
 from fastai_bn.population import Population
 from fastai_bn.precise import PreciseBN, bn_state, load_bn_state, precise_bn
-from conftest import (At, F64, assert_pristine, conv_net, do_fit, get_dls, get_learner, labels, rounding, snapshot,
+from helpers import (F64, ItemOf, assert_pristine, conv_net, do_fit, get_dls, get_learner, labels, rounding, snapshot,
                       tilted)
 
 
@@ -474,7 +474,7 @@ def test_multi_input_learner():
             self.bn,self.l = nn.BatchNorm2d(3),nn.Linear(3,5)
         def forward(self, a, b): return self.l(self.bn(a+b).mean((2,3)))
     xs,ys = tilted(8).float(),labels(8)
-    ds = Datasets(range(8), [[At(xs)],[At(xs)],[At(ys)]], n_inp=2)
+    ds = Datasets(range(8), [[ItemOf(xs)],[ItemOf(xs)],[ItemOf(ys)]], n_inp=2)
     learn = get_learner(DataLoaders(TfmdDL(ds, bs=4), TfmdDL(ds, bs=4), device='cpu'), Two())
     learn.precise_bn()
     np.testing.assert_allclose(learn.model.bn.running_var, reference([2*xs])[1], rtol=1e-5)
@@ -763,7 +763,8 @@ def test_weighted_dataloaders_keep_their_weights():
         def forward(self, x):
             seen.update(i for i in range(32) if any(torch.equal(xs[i], o) for o in x))
             return x
-    dl = WeightedDL(Datasets(range(32), [[At(xs)],[At(ys)]]), bs=4, shuffle=True, num_workers=0, wgts=[1.]*4+[0.]*28)
+    ds = Datasets(range(32), [[ItemOf(xs)],[ItemOf(ys)]])
+    dl = WeightedDL(ds, bs=4, shuffle=True, num_workers=0, wgts=[1.]*4+[0.]*28)
     learn = get_learner(DataLoaders(dl, dl, device='cpu'), nn.Sequential(See(), *conv_net()))
     learn.precise_bn()
     assert seen == {0,1,2,3}
@@ -956,7 +957,7 @@ def test_the_model_that_is_validated_has_precise_statistics(order, kw, keep):
     with learn.no_logging(): learn.fit(3, .1)
     if keep is None: assert off(m) < 1e-3 and max(learn.average.offs) < 1e-3
     else: assert min(learn.average.offs) < 1e-3  # of two validations one has precise statistics
-    assert learn.model is m and not {'_do_epoch_validate','all_batches','__getstate__'} & vars(learn).keys()
+    assert learn.model is m and not {'_do_epoch_validate','all_batches','__reduce_ex__'} & vars(learn).keys()
     if not kw and keep is None: assert off(learn.average.avg) < 1e-3  # and it keeps them
 
 @pytest.mark.parametrize('exc', [RuntimeError, KeyboardInterrupt])
@@ -987,7 +988,7 @@ def test_an_exception_in_validation_leaves_the_statistics_of_the_trained_weights
     learn.average._load(learn.average.kept)
     if keep is None: assert off(m) < 1e-3
     else: torch.testing.assert_close(bn_state(m), watch.moving, rtol=0, atol=0)
-    assert not {'_do_epoch_validate','all_batches','__getstate__'} & vars(learn).keys()
+    assert not {'_do_epoch_validate','all_batches','__reduce_ex__'} & vars(learn).keys()
 
 
 # --- Inputs by the learner's rule, and wrappers
@@ -1076,7 +1077,7 @@ X33 = torch.arange(33.)[:,None]
 
 def test_weights_stay_and_equal_ones_give_every_row_once():
     from fastai.callback.data import WeightedDL
-    ds = Datasets(range(33), [[At(X33)],[At(X33)]])
+    ds = Datasets(range(33), [[ItemOf(X33)],[ItemOf(X33)]])
     def seen(wgts): return seen_by(WeightedDL(ds, bs=4, wgts=wgts, shuffle=True, drop_last=True, num_workers=0))
     assert sorted(seen([1.]*33)) == list(range(33))
     got = seen([float(i%2) for i in range(33)])
@@ -1093,7 +1094,7 @@ def test_tabular_rows_once():
 
 def test_a_choice_of_items_stays():
     from fastai.callback.data import PartialDL
-    ds = Datasets(range(33), [[At(X33)],[At(X33)]])
+    ds = Datasets(range(33), [[ItemOf(X33)],[ItemOf(X33)]])
     got = seen_by(PartialDL(ds, bs=4, partial_n=10, num_workers=0))
     assert len(got) == len(set(got)) == 10
 

@@ -4,7 +4,7 @@ import torch
 from fastai.vision.all import Adam, Callback, MixedPrecision, SGD
 
 from fastai_bn.all import AccumulateGradBN
-from conftest import assert_pristine, conv_net, do_fit, get_dls, get_learner, labels, snapshot, tilted
+from helpers import assert_pristine, conv_net, do_fit, get_dls, get_learner, labels, snapshot, tilted
 
 pytestmark = pytest.mark.filterwarnings('ignore:A budget on the CPU', 'ignore:.*alone needs')
 

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastai.vision.all import (
     BnFreeze, CrossEntropyLossFlat, DataLoaders, Dice, MSELossFlat, NormType, OptimWrapper, ProgressCallback, UnetBlock,
     load_learner, noop, resnet18, set_seed, unet_learner, xresnet18)
-import conftest
+import helpers
 from fastai_bn.all import AccumulateGradBN, gn_unet_learner
 from fastai_bn.groupnorm import _Standardized
 
@@ -229,7 +229,7 @@ def test_own_splitter_and_optimizer(arch):
 @pytest.mark.parametrize('scope,ws', SCOPES)
 def test_summary_export_load_save(tmp_path, scope, ws):
     xs = torch.rand(4,3,32,32)
-    dls = conftest.get_dls(xs, (xs[:,0] > .5).long(), 2)
+    dls = helpers.get_dls(xs, (xs[:,0] > .5).long(), 2)
     learn = get_unet(dls, resnet18, scope=scope, ws=ws, path=tmp_path, metrics=Dice())
     assert 'GroupNorm' in str(learn.summary()) or scope == 'none'
     fits(learn)

@@ -210,10 +210,7 @@ def test_copies_of_the_model_have_nothing_of_the_window(make):
 
 def pickled(m): return pickle.loads(pickle.dumps(m))
 
-# A GraphModule reduces to its `__dict__`, whatever `__getstate__` says: our method is in there, and it has the model
-cyclic = pytest.mark.xfail(raises=RecursionError, strict=True)
-
-@pytest.mark.parametrize('copied', [copy.deepcopy, pytest.param(pickled, marks=cyclic)])
+@pytest.mark.parametrize('copied', [copy.deepcopy, pickled])
 @pytest.mark.parametrize('kw', [{}, dict(bn_bs='window'), dict(bn_bs='window', micro_bs=2)], ids=str)
 def test_a_traced_model_is_copied_in_mid_batch(kw, copied):
     "The model itself has a method of ours in a batch"
