@@ -155,9 +155,9 @@ class AccumulateGradBN(_WindowedBatches):
     ):
         _check_counts(n_step, bn_bs, micro_bs)
         if weight is not None and not callable(weight): raise ValueError(
-            f"`weight` must be a callable (pred, *yb) -> number, got weight={weight!r}. None infers the denominator")
+            f"`weight` must be a callable (pred, *yb) -> number, got {weight!r}. None infers the denominator")
         if last not in ('step','drop'): raise ValueError(
-            f"`last` must be 'step' or 'drop', got last={last!r}. It says what the short last window of an epoch does")
+            f"`last` must be 'step' or 'drop', got {last!r}. It says what the short last window of an epoch does")
         self.n_step,self.bn_bs,self.weight = int(n_step),bn_bs,weight
         self.last,self.budget,self.micro_bs = last,budget,micro_bs
         self.pager = None if budget is None else ActivationPager(budget)
@@ -215,12 +215,12 @@ def _is_count_or(n, *words) -> bool:
 def _check_counts(n_step, bn_bs, micro_bs):
     "Raise `ValueError` for numbers out of range"
     if not is_count(n_step): raise ValueError(
-        f"`n_step` must be an integer >= 1, got n_step={n_step!r}. It is a number of micro-batches")
+        f"`n_step` must be an integer >= 1, got {n_step!r}. It is a number of micro-batches")
     if not _is_count_or(bn_bs, 'window'): raise ValueError(
-        f"`bn_bs` must be an integer >= 1, 'window' or None, got bn_bs={bn_bs!r}. It is a number of samples; None "
+        f"`bn_bs` must be an integer >= 1, 'window' or None, got {bn_bs!r}. It is a number of samples; None "
         "is the micro-batch as it comes")
     if not _is_count_or(micro_bs): raise ValueError(
-        f"`micro_bs` must be an integer >= 1 or None, got micro_bs={micro_bs!r}. It is a number of samples; None "
+        f"`micro_bs` must be an integer >= 1 or None, got {micro_bs!r}. It is a number of samples; None "
         "is the BN batch in one piece")
 
 # %% ../nbs/05_accumulate.ipynb #662d94d3

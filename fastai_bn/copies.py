@@ -46,7 +46,7 @@ def parse_budget(
     if _is_share(n): return float(n)
     raise ValueError(
         "`budget` must be bytes as an int >= 1 or a string such as '6GiB' or '500MB', a float between 0 and 1 for that "
-        f"share of the free memory, or None for no limit, got budget={budget!r}")
+        f"share of the free memory, or None for no limit, got {budget!r}")
 
 # %% ../nbs/11_copies.ipynb #ca3643f7
 def free_bytes(

@@ -63,12 +63,12 @@ class Plan:
             "The training DataLoader yields no batch: it is empty, or it has fewer than bs items and drops the last "
             "batch. Add data, or make it with a smaller bs or drop_last=False")
         if not self.n_windows(dl): raise ValueError(
-            f"`n_step` must be at most the {n_iter} batches of an epoch, got n_step={self.n_step}: with last='drop' no "
+            f"`n_step` must be at most the {n_iter} batches of an epoch, got {self.n_step}: with last='drop' no "
             "optimizer step is ever made. Use a smaller n_step or last='step'")
         if is_count(self.bn_bs) and (not bs or self.n_step*bs % self.bn_bs):
             size = f'={self.n_step*bs}' if bs else ''
             raise ValueError(
-                f"`bn_bs` must divide n_step*bs{size}, so that BN batches fill the window, got bn_bs={self.bn_bs}, "
+                f"`bn_bs` must divide n_step*bs{size}, so that BN batches fill the window, got {self.bn_bs}, "
                 f"n_step={self.n_step} and the DataLoader's bs={bs}. Change one of them, or use bn_bs='window'")
 
 # %% ../nbs/04a_epochs.ipynb #4994c40c
@@ -180,7 +180,7 @@ class WindowedEpochs(Callback):
         except CannotJoin as e:
             self.close()
             raise ValueError(
-                f"`bn_bs` must be None where micro-batches cannot be joined to a BN batch, got bn_bs={self.bn_bs!r}: "
+                f"`bn_bs` must be None where micro-batches cannot be joined to a BN batch, got {self.bn_bs!r}: "
                 f"{e}. Give all items one size (Resize, or padding to a fixed size), or use bn_bs=None") from e
         except BaseException:
             self.close()

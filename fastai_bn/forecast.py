@@ -180,7 +180,7 @@ def moved_bytes(
 ) -> int: # Bytes copied out and in, bringing back at the end included
     "Count what demand paging would move in a block. Raises `ValueError` for another `policy`"
     if policy not in ('belady','lru'): raise ValueError(
-        f"`policy` must be 'belady' (needed last leaves) or 'lru' (least recently used leaves), got policy={policy!r}")
+        f"`policy` must be 'belady' (needed last leaves) or 'lru' (least recently used leaves), got {policy!r}")
     replay = _Replay(order, budget, policy)
     for i,s in enumerate(order.steps): replay.run(i, s)
     return replay.moved + sum(order.sizes[o] for o in replay.away)

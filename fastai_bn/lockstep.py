@@ -141,7 +141,7 @@ class MicroBatched(nn.Module):
     ):
         super().__init__()
         if not is_count(micro_bs): raise ValueError(
-            f"`micro_bs` must be an integer >= 1, got micro_bs={micro_bs!r}. It is a number of samples")
+            f"`micro_bs` must be an integer >= 1, got {micro_bs!r}. It is a number of samples")
         # Not a child: names would change
         self.__dict__.update(model=model, micro_bs=int(micro_bs), training=model.training)
         self.__dict__.update({k:getattr(model, k) for k in (

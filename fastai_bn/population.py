@@ -168,7 +168,7 @@ def _check(batches, n, n_inp, bn_bs):
     "Raise `ValueError` for arguments that make no sense"
     for k,v in dict(n=n, n_inp=n_inp, bn_bs=bn_bs).items():
         if v is None and k != 'n': continue
-        if not is_count(v): raise ValueError(f"`{k}` must be an integer >= 1, got {k}={v!r}. {_MEANING[k]}")
+        if not is_count(v): raise ValueError(f"`{k}` must be an integer >= 1, got {v!r}. {_MEANING[k]}")
     if isinstance(batches, Tensor): raise ValueError(
         f"`batches` must be an iterable of batches, got a tensor of shape {list(batches.shape)}. "
         "Give batches of it, as batches.split(32)")
@@ -192,7 +192,7 @@ def _check_values(p:Population):
 def _cannot_join(e:CannotJoin) -> ValueError:
     "Say what to do about batches of items that have several sizes"
     return ValueError(
-        f"bn_bs: batches cannot be joined to a BN batch, {e}. Give all items one size (Resize, or padding to a fixed "
+        f"`bn_bs` must be None where batches cannot be joined to a BN batch: {e}. Give all items one size (Resize, or padding to a fixed "
         "size), or use bn_bs=None")
 
 # %% ../nbs/30_population.ipynb #cabfeaaf

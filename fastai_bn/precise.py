@@ -185,7 +185,7 @@ class PreciseBN(Callback):
         keep_if_better:str|None=None, # 'valid_loss' or a metric: keep the moving averages where they score better
     ):
         for k,v in dict(n=n, every=every).items():
-            if not is_count(v): raise ValueError(f"`{k}` must be an integer >= 1, got {k}={v!r}. {_COUNTS[k]}")
+            if not is_count(v): raise ValueError(f"`{k}` must be an integer >= 1, got {v!r}. {_COUNTS[k]}")
         self.n,self.every,self.keep_if_better = n,every,keep_if_better
 
     def before_fit(self):
@@ -193,7 +193,7 @@ class PreciseBN(Callback):
         if self.keep_if_better is None: return
         names = [o for o in self.learn.recorder.metric_names[1:] if o != 'time' and not o.startswith('train_')]
         if self.keep_if_better not in names: raise ValueError(
-            f"keep_if_better={self.keep_if_better!r} is not recorded: use one of {', '.join(names)}")
+            f"`keep_if_better` must be one of {', '.join(names)}, got {self.keep_if_better!r}. The recorder has no other")
 
     def after_train(self):
         "Have the epoch's own validation, and no other, come with precise statistics"

@@ -193,7 +193,7 @@ class Window:
         pager=None,      # `ActivationPager` for the forward and backward pass of each micro-batch
     ):
         if not is_count(n): raise ValueError(
-            f"`n` must be an integer >= 1, got n={n!r}. It is a number of micro-batches")
+            f"`n` must be an integer >= 1, got {n!r}. It is a number of micro-batches")
         self.model,self.n,self.pager,self.batch = model,n,pager,None
         self.grads = grads or (lambda: [p.grad for p in model.parameters() if p.grad is not None])
         self.layers = bn_layers(model)

@@ -732,7 +732,7 @@ def test_no_batches():
 
 def test_an_epoch_without_any_step():
     learn = get_learner(get_dls(tilted(6), labels(6), 2), conv_net(), AccumulateGradBN(4, last='drop'))
-    with pytest.raises(ValueError, match='at most the 3 batches of an epoch, got n_step=4'): do_fit(learn)
+    with pytest.raises(ValueError, match='at most the 3 batches of an epoch, got 4'): do_fit(learn)
 
 def test_two_accumulators():
     learn = get_learner(get_dls(tilted(6), labels(6), 2), conv_net(), [AccumulateGradBN(4), GradientAccumulation(8)])

@@ -400,12 +400,12 @@ def test_an_exception_before_the_first_batch_leaves_the_order_of_events_right():
 
 @pytest.mark.parametrize('bn_bs', [0, -1, 2., 'all', True, [4]])
 def test_bad_bn_bs(bn_bs):
-    with pytest.raises(ValueError, match='bn_bs='): AccumulateGradBN(4, bn_bs=bn_bs)
+    with pytest.raises(ValueError, match='`bn_bs` must be'): AccumulateGradBN(4, bn_bs=bn_bs)
 
 @pytest.mark.parametrize('bn_bs', [3, 5, 16])
 def test_not_a_divisor(bn_bs):
     learn = get_learner(get_dls(tilted(16), labels(16), 2), conv_net(), AccumulateGradBN(4, bn_bs=bn_bs))
-    text = rf"must divide n_step\*bs=8.*got bn_bs={bn_bs}, n_step=4 and the DataLoader's bs=2"
+    text = rf"must divide n_step\*bs=8.*got {bn_bs} with n_step=4 and the DataLoader's bs=2"
     with pytest.raises(ValueError, match=text): do_fit(learn)
     assert_pristine(learn)
 

@@ -176,7 +176,7 @@ def test_validation_runs_outside_the_budget():
 
 @pytest.mark.parametrize('budget', [0, -1, 1., 2.5, True, 'lots', '6', [1]])
 def test_bad_budget(budget):
-    with pytest.raises(ValueError, match='budget='): AccumulateGradBN(4, budget=budget)
+    with pytest.raises(ValueError, match='`budget` must be'): AccumulateGradBN(4, budget=budget)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('in_place', [False,True])

@@ -598,9 +598,9 @@ def test_copies(f):
 
 @pytest.mark.parametrize('micro_bs', [0, -1, 1.5, None, True, '2'])
 def test_bad_micro_bs(micro_bs):
-    with pytest.raises(ValueError, match='micro_bs='): MicroBatched(conv_net(), micro_bs)
+    with pytest.raises(ValueError, match='`micro_bs` must be'): MicroBatched(conv_net(), micro_bs)
     if micro_bs is not None:
-        with pytest.raises(ValueError, match='micro_bs='): AccumulateGradBN(micro_bs=micro_bs)
+        with pytest.raises(ValueError, match='`micro_bs` must be'): AccumulateGradBN(micro_bs=micro_bs)
 
 def test_one_is_enough():
     lock = MicroBatched(conv_net().train(), 2)

@@ -490,7 +490,7 @@ def test_bar(capsys):
 
 @pytest.mark.parametrize('n', [0, -1, 2.5, '10', True, None])
 def test_bad_n(n):
-    with pytest.raises(ValueError, match='n='): precise_bn(conv_net(), [tilted(4)], n=n)
+    with pytest.raises(ValueError, match='`n` must be'): precise_bn(conv_net(), [tilted(4)], n=n)
 
 def test_a_tensor_is_no_batches():
     with pytest.raises(ValueError, match='split'): precise_bn(conv_net(), tilted(4))
@@ -511,7 +511,7 @@ def test_nothing_to_update_says_so(model):
 
 @pytest.mark.parametrize('bn_bs', [0, -1, 2.5, 'window', True])
 def test_bad_bn_bs(bn_bs):
-    with pytest.raises(ValueError, match='bn_bs='): precise_bn(conv_net(), [tilted(4)], bn_bs=bn_bs)
+    with pytest.raises(ValueError, match='`bn_bs` must be'): precise_bn(conv_net(), [tilted(4)], bn_bs=bn_bs)
 
 def test_items_of_several_sizes_cannot_be_joined():
     batches = [tilted(2), tilted(2, size=(8,8))]
