@@ -192,8 +192,8 @@ def _check_values(p:Population):
 def _cannot_join(e:CannotJoin) -> ValueError:
     "Say what to do about batches of items that have several sizes"
     return ValueError(
-        f"`bn_bs` must be None where batches cannot be joined to a BN batch: {e}. Give all items one size (Resize, or padding to a fixed "
-        "size), or use bn_bs=None")
+        f"`bn_bs` must be None where batches cannot be joined to a BN batch: {e}. Give all items one size (Resize, "
+        "or padding to a fixed size), or use bn_bs=None")
 
 # %% ../nbs/30_population.ipynb #cabfeaaf
 def measure(

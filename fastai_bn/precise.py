@@ -193,7 +193,7 @@ class PreciseBN(Callback):
         if self.keep_if_better is None: return
         names = [o for o in self.learn.recorder.metric_names[1:] if o != 'time' and not o.startswith('train_')]
         if self.keep_if_better not in names: raise ValueError(
-            f"`keep_if_better` must be one of {', '.join(names)}, got {self.keep_if_better!r}. The recorder has no other")
+            f"`keep_if_better` must be one of {', '.join(names)}, got {self.keep_if_better!r}")
 
     def after_train(self):
         "Have the epoch's own validation, and no other, come with precise statistics"
