@@ -63,11 +63,9 @@ def loss_denominator(
     keep = y != opt('ignore_index', -100)
     return (keep.sum() if w is None else w.to(y.device)[y[keep]].sum()).item()
 
-# %% ../nbs/05_accumulate.ipynb #37f292a5
+# %% ../nbs/05_accumulate.ipynb #8a5049d7
 class _WindowedBatches(WindowedEpochs):
     "Run each batch inside the window"
-    _stateattrs = *WindowedEpochs._stateattrs,'_params','_trained'
-
     def one_batch(self, do, *args):
         "Run `Learner.one_batch` inside the window"
         learn = self.learn

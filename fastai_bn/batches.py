@@ -77,7 +77,7 @@ def n_items(dl) -> float:
     bs = batch_size(dl)
     return n - n%bs if n < math.inf and bs and getattr(dl, 'drop_last', False) else n
 
-# %% ../nbs/02_batches.ipynb #11887e37
+# %% ../nbs/02_batches.ipynb #9febb603
 class BNBatches(GetAttr):
     """The batches of `dl`, in windows of `n_step`, joined and cut to `bn_bs` samples.
 
@@ -89,7 +89,9 @@ class BNBatches(GetAttr):
         bn_bs:float|None,     # Samples per batch; infinity: all of the window; None: as in `dl`, `last` at its end
         drop:bool,            # Leave out a short last window?
         n_inp:int|None=None,  # Inputs in a batch. None: by the `Learner`'s rule
-    ): self.dl,self.n_step,self.bn_bs,self.drop,self.n_inp,self.last = dl,n_step,bn_bs,drop,n_inp,False
+    ):
+        self.dl,self.n_step,self.bn_bs = dl,n_step,bn_bs
+        self.drop,self.n_inp,self.last = drop,n_inp,False
 
     @property
     def bs(self) -> int|None:
@@ -107,7 +109,9 @@ class BNBatches(GetAttr):
     def n_micro(self) -> int:
         "Micro-batches in an epoch, without those of a last window that is short and left out"
         n = len(self.dl)
-        return n - (n%self.n_step or (self.n_step if self._lacks else 0)) if self.drop else n
+        if not self.drop: return n
+        short = self.n_step if self._lacks else 0  # where its last micro-batch is
+        return n - (n%self.n_step or short)
 
     def __len__(self) -> int:
         n,bs = self.n_micro,batch_size(self.dl)
@@ -125,7 +129,8 @@ class BNBatches(GetAttr):
 
     def _micro(self):
         "Micro-batches, their samples, and whether a window ends with each"
-        n,bs,i,data = len(self.dl),batch_size(self.dl),0,Ahead(self.dl)
+        n,bs,i = len(self.dl),batch_size(self.dl),0
+        data = Ahead(self.dl)
         for b in data:
             i,hand = i+1,[b]
             del b  # so that no more than one hand holds the batch, as `enumerate` would
@@ -135,7 +140,8 @@ class BNBatches(GetAttr):
 
     def _whole(self, micro):
         "Those of windows that are whole. Where that is not known yet, micro-batches wait"
-        i,held,n,n_micro,lacks = 0,[],len(self.dl),self.n_micro,self._lacks
+        n,n_micro,lacks = len(self.dl),self.n_micro,self._lacks
+        i,held = 0,[]
         for o in micro:
             i += 1
             held.append(o)

@@ -33,11 +33,12 @@ from .processes import all_counts, sync_group
 # %% auto #0
 __all__ = ['BNCapture', 'capture_moments', 'update_running_stats', 'BNUpdates', 'hold_updates']
 
-# %% ../nbs/01_capture.ipynb #8ea1e92f
+# %% ../nbs/01_capture.ipynb #5f3b8c8e
 class Scratch:
     "Zeroed buffers for one call of each of `layers`. Those of one device and dtype are slices of one tensor"
     def __init__(self, layers:dict[str,nn.Module]):
-        groups,self.flats,self.buffers,self.counts,self._last = {},[],{},{},None
+        self.flats,self.buffers,self.counts = [],{},{}
+        groups,self._last = {},None
         for k,m in layers.items():
             o = m._buffers['running_mean']
             groups.setdefault((o.device,o.dtype), {})[k] = o.numel()

@@ -90,12 +90,13 @@ def _refuse_others(learn:Learner, own:Callback):
         raise ValueError(
             "AccumulateGradBN cannot follow the copies that DataParallel makes of the model. Use learn.distrib_ctx()")
 
-# %% ../nbs/04a_epochs.ipynb #22fb6cea
+# %% ../nbs/04a_epochs.ipynb #6d261853
 class WindowedEpochs(Callback):
     "Open a window for each epoch, run the training loop inside it, and leave nothing behind whatever is raised"
     run_valid = False
     window = batches = _last_window = None
-    _stateattrs = 'window','batches','_last_window'  # what `learn.export` leaves out: the epoch under way
+    # What `learn.export` leaves out: the epoch under way
+    _stateattrs = 'window','batches','_last_window','_params','_trained'
 
     @property
     def plan(self) -> Plan: return Plan(self.n_step, self.bn_bs, self.last, getattr(self.dls, 'n_inp', None))

@@ -1,9 +1,9 @@
 """`MicroBatched`: one large batch computed in micro-batches that meet at every BatchNorm layer
 
-`ActivationPager` keeps a large batch within a budget of device memory, down to its floor: the largest single operation,
-whose tensors have to be on the device together. For a U-Net's layers at full resolution that floor is higher than what
-plain gradient accumulation takes. `MicroBatched` goes below it. No operation ever sees more than `micro_bs` samples,
-and still BatchNorm (BN) normalises all of them together:
+Some operations are too large for the device by themselves. A budget (`ActivationPager`) has activations wait in host
+memory, but what one operation reads and writes must be there together: for a U-Net's layers at full resolution that is
+more than plain gradient accumulation takes. `MicroBatched` goes below it. No operation sees more than `micro_bs`
+samples, and still BatchNorm (BN) normalises all of them together:
 
 ```python
 model = MicroBatched(model, micro_bs=2)
@@ -16,8 +16,8 @@ The prediction, the loss, the gradients and the running statistics are those of 
 `Learner` it is `AccumulateGradBN(n_step=16, bn_bs='window', micro_bs=2, budget='1GiB')`.
 
 **Use it** with a budget, when the pager warns that one operation needs more than all of it; the warning says which
-`micro_bs` would do. **Do without** if the large batch fits, paged or not: it is then the same to the last bit instead
-of to rounding, and as fast. Without a budget lock step saves little: all activations wait on the device, as those of
+`micro_bs` would do. **Do without** if the large batch fits, paged or not: you then get the same bits instead of
+agreement to rounding, as fast. Without a budget lock step saves little: all activations wait on the device, as those of
 the large batch do.
 
 Docs: https://fastai-bn.github.io/fastai_bn/lockstep.html.md"""

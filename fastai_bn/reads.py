@@ -40,13 +40,15 @@ def records_of(
         recs = [look_up(t) for parts in tensors for t in parts]
         return [rec for rec in recs if rec is not None]
 
-# %% ../nbs/12b_reads.ipynb #e9595bb5
+# %% ../nbs/12b_reads.ipynb #4202d73e
 # The methods; does somebody have the memory afterwards? (Copying, pickling and sharing go through the last.)
 _STAYS = dict(__repr__=False, tolist=False, numpy=True, data_ptr=True, __dlpack__=True, _typed_storage=True)
 
 class Reads:
     "While a block is open, in any thread, the methods in `_STAYS` bring their tensor back first"
-    def __init__(self): self.blocks,self.ours,self.before,self.lock = [],{},{},threading.RLock()
+    def __init__(self):
+        self.blocks,self.lock = [],threading.RLock()
+        self.ours,self.before = {},{}  # what stands in Tensor's place, and what was there
 
     def open(self, block):
         "Take in `block`"

@@ -74,10 +74,10 @@ def n_samples(
     others = [_sizes(o) for k,o in enumerate(parts) if k != i]
     return max(sizes, key=lambda n: (sum(n in o for o in others), n == bs))  # the last batch may be short
 
-# %% ../nbs/01a_samples.ipynb #ec2e320b
+# %% ../nbs/01a_samples.ipynb #ce73a617
 def n_inputs(b, n_inp:int|None) -> int:
     "Count the parts of batch `b` that are inputs: `n_inp`, or by the `Learner`'s rule"
-    return n_inp if n_inp is not None else 1 if len(b) == 1 else len(b)-1
+    return max(1, len(b)-1) if n_inp is None else n_inp
 
 def size_of(b, n_inp:int|None=None, bs:int|None=None) -> int:
     "Count the samples of batch `b`, inputs and targets"
@@ -85,7 +85,7 @@ def size_of(b, n_inp:int|None=None, bs:int|None=None) -> int:
     i = n_inputs(b, n_inp)
     return n_samples(tuple(b[:i]), tuple(b[i:]), bs)
 
-# %% ../nbs/01a_samples.ipynb #bf47cdf8
+# %% ../nbs/01a_samples.ipynb #df64b963
 def _is_of_samples(o, n:int) -> bool:
     "Tell whether `o` can only be a list of `n` samples"
     if not _is_list(o) or hasattr(o, '_fields') or len(o) != n: return False
@@ -93,11 +93,13 @@ def _is_of_samples(o, n:int) -> bool:
 
 def _parts(b) -> list:
     "List what is in `b`"
-    return list(b.values()) if isinstance(b, Mapping) else list(b) if _is_list(b) else []
+    if isinstance(b, Mapping): return list(b.values())
+    return list(b) if _is_list(b) else []
 
 def _lists_of(b, n:int) -> set[type]:
     "Find the types of the lists in batch `b`, of `n` samples, that can only be of samples"
-    return {t for o in _parts(b) for t in ({type(o)} if _is_of_samples(o, n) else _lists_of(o, n))}
+    found = [{type(o)} if _is_of_samples(o, n) else _lists_of(o, n) for o in _parts(b)]
+    return set().union(*found)
 
 def _is_per_sample(o, n:int, lists:set[type]) -> bool:
     "Tell whether list `o`, in a batch of `n` samples, holds one entry per sample. `lists`: those types do, if they can"

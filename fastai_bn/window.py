@@ -179,7 +179,7 @@ def _zero_loss(preds:list, model:nn.Module) -> Tensor:
     through = [o for o in tree_iter(preds) if isinstance(o, Tensor)] or model.parameters()
     return sum((o*0).sum() for o in through if o.requires_grad)
 
-# %% ../nbs/03_window.ipynb #d26fe5cc
+# %% ../nbs/03_window.ipynb #d038b388
 class Window:
     """Make one step of several micro-batches: the gradient of the mean over all samples, one update of BN's statistics.
 
@@ -194,7 +194,8 @@ class Window:
     ):
         if not is_count(n): raise ValueError(
             f"`n` must be an integer >= 1, got {n!r}. It is a number of micro-batches")
-        self.model,self.n,self.pager,self.batch = model,n,pager,None
+        self.model,self.n,self.pager = model,n,pager
+        self.batch = None  # the micro-batch under way
         self.grads = grads or (lambda: [p.grad for p in model.parameters() if p.grad is not None])
         self.layers = bn_layers(model)
         self.ranks,self.passes = Ranks(model, self.layers),Passes(self.layers)
@@ -202,9 +203,9 @@ class Window:
         self._clear()
 
     def _clear(self):
-        self.count = 0  # micro-batches that were added
         self.mean.clear()
         self.passes.clear()
+        self.count = 0  # micro-batches that were added; last, as after an interrupt an open window is cleared again
 
     @contextmanager
     def begin(self, last:bool, # Does the window end with this micro-batch?
