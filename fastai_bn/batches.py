@@ -2,7 +2,7 @@
 
 A DataLoader gives micro-batches of `bs` samples. BatchNorm is to see batches of another size, none of which spans two
 windows. This module joins and cuts them, one window after the other, and tells when a window ends. What a sample is,
-and what can be joined, is [defined in one place](01a_samples.ipynb).
+and what can be joined, is defined in one place (`fastai_bn.samples`).
 
 All functions work in any PyTorch loop.
 

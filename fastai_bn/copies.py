@@ -1,7 +1,7 @@
 """Memory budgets, host buffers, and the stream on which copies run beside the computation
 
-What the [pager](13_paging.ipynb) moves goes into buffers in host memory and returns from there. This module owns these
-buffers and makes the copies; it also turns a budget such as `'6GiB'` or `.8` into bytes.
+What the pager (`fastai_bn.paging`) moves goes into buffers in host memory and returns from there. This module owns
+these buffers and makes the copies; it also turns a budget such as `'6GiB'` or `.8` into bytes.
 
 You need this page to understand or to change how the pager copies. To use it you do not.
 

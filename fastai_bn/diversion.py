@@ -3,7 +3,7 @@
 Captures, held updates, windows and precise statistics have one thing in common: for a while a BatchNorm (BN) layer's
 update goes elsewhere. A **diverted** layer asks at each call who is to get it.
 
-You need this page to understand or to change that. To use [`capture_moments`](01_capture.ipynb) you do not.
+You need this page to understand or to change that. To use `capture_moments` you do not.
 
 Docs: https://fastai-bn.github.io/fastai_bn/diversion.html.md"""
 

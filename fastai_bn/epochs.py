@@ -5,7 +5,7 @@ end, whatever is raised in between. This module is that part of it: a `Plan`, wh
 around the training loop.
 
 You need this page to understand or to change how windows begin and end. To use
-[`AccumulateGradBN`](05_accumulate.ipynb) you do not.
+`AccumulateGradBN` you do not.
 
 Docs: https://fastai-bn.github.io/fastai_bn/epochs.html.md"""
 
@@ -68,7 +68,7 @@ class Plan:
         if is_count(self.bn_bs) and (not bs or self.n_step*bs % self.bn_bs):
             size = f'={self.n_step*bs}' if bs else ''
             raise ValueError(
-                f"`bn_bs` must divide n_step*bs{size}, so that BN batches fill the window, got {self.bn_bs}, "
+                f"`bn_bs` must divide n_step*bs{size}, so that BN batches fill the window, got {self.bn_bs} with "
                 f"n_step={self.n_step} and the DataLoader's bs={bs}. Change one of them, or use bn_bs='window'")
 
 # %% ../nbs/04a_epochs.ipynb #4994c40c

@@ -4,7 +4,7 @@ The pager's memory. Training repeats itself, so the order of operations in one b
 which storages an operation uses, how much it makes, and when each storage is used again. Everything here is pure. It
 knows labels and sizes, no tensors, so a policy can be tried on a recorded order without running the model again.
 
-You need this page to understand or to change what the [pager](13_paging.ipynb) moves. To use it you do not.
+You need this page to understand or to change what the pager (`fastai_bn.paging`) moves. To use it you do not.
 
 Docs: https://fastai-bn.github.io/fastai_bn/forecast.html.md"""
 

@@ -1,6 +1,6 @@
 """What an operation needs on the device, who leaves for it, and who returns ahead of time
 
-Around every operation the [pager](13_paging.ipynb) has storages return and leave. An `Operation` knows what is used,
+Around every operation the pager (`fastai_bn.paging`) has storages return and leave. An `Operation` knows what is used,
 written to and made. The `Mover` brings that back, lets others leave where room is needed, and looks ahead.
 
 You need this page to understand or to change when the pager moves something. To use it you do not.

@@ -180,11 +180,10 @@ class ActivationPager(TorchDispatchMode):
             self._rows = min(self._rows, _rows_that_fit(ledger, need, tensors_in(list(tree_iter(trees)))))
 
     def _close(self) -> _Block:
-        "Leave nothing behind"
+        "Leave nothing behind. After an interrupt it is called again"
         block = self._block
-        try:
-            if block is not None: block.close()
-        finally: self._block = None
+        if block is not None: block.close()
+        self._block = None
         return block
 
     def _learn(self, block:_Block):

@@ -1,7 +1,7 @@
 """Which processes train together, over which of them BN normalises, and what they add up
 
 With DistributedDataParallel every process computes its share of a batch, and with `SyncBatchNorm` BatchNorm (BN)
-normalises over all of them. This module knows the groups and adds up over them. [Several processes](distributed.ipynb)
+normalises over all of them. This module knows the groups and adds up over them. Several processes
 tells what a user does.
 
 You need this page to understand or to change how processes agree. To use the package in several processes you do not.

@@ -1,6 +1,6 @@
 """`print(t)` is no operation: what reads a tensor's memory directly brings the tensor back first
 
-The [pager](13_paging.ipynb) sees every operation of PyTorch's. But some methods of tensors read memory without one.
+The pager (`fastai_bn.paging`) sees every operation of PyTorch's. But some methods of tensors read memory without one.
 While a block is open this module replaces them by methods that bring their tensor back.
 
 You need this page to understand or to change how the pager deals with such reads. To use it you do not.

@@ -1,8 +1,8 @@
 """Who is on the device, and how many bytes that is
 
 Tensors are views of storages, and storages are what takes memory. For each one that an operation touches the
-[pager](13_paging.ipynb) keeps a `Record`, and the `Ledger` knows which of them are there and how many bytes that is.
-Who leaves and who returns is for the [mover](12a_mover.ipynb) to decide.
+pager (`fastai_bn.paging`) keeps a `Record`, and the `Ledger` knows which of them are there and how many bytes that is.
+Who leaves and who returns is for the mover (`fastai_bn.mover`) to decide.
 
 You need this page to understand or to change what happens to a storage within a block. To use the pager you do not.
 

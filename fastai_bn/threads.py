@@ -3,7 +3,7 @@
 Gradients on or off, autocast, modes, hooks for saved tensors, a CUDA stream: these are settings of a thread. In lock
 step several runs of a model share one thread, so a run that waits hands it over as it found it.
 
-You need this page to understand or to change [how micro-batches wait](21_turns.ipynb). To use lock step you do not.
+You need this page to understand or to change how micro-batches wait (`fastai_bn.turns`). To use lock step you do not.
 
 Docs: https://fastai-bn.github.io/fastai_bn/threads.html.md"""
 

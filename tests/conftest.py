@@ -10,6 +10,8 @@ import pytest
 import torch
 from fastai.basics import set_seed
 
+from fastai_bn import storages
+
 # pytest runs on as many processes as there are cores
 torch.set_num_threads(int(os.environ.get('FASTAI_BN_THREADS', 1)))
 
@@ -28,3 +30,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _seed(): set_seed(0)
+
+@pytest.fixture
+def all_move(monkeypatch):
+    "A pager moves the small storages of these tests, too"
+    monkeypatch.setattr(storages, 'MIN_BYTES', 256)

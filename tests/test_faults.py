@@ -29,7 +29,7 @@ from helpers import (
     F64, Boom, DoAt, RaiseAt, assert_same, conv_net, do_fit, get_dls, get_learner, labels, mean_ce, process_env,
     quiet_budget, reference_fit, snapshot, tilted)
 
-pytestmark = quiet_budget
+pytestmark = [quiet_budget, pytest.mark.usefixtures('all_move')]
 
 BUDGET = 2**14
 MODES = dict(

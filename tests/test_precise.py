@@ -730,7 +730,7 @@ def test_epochs_without_a_score(keep):
 @pytest.mark.parametrize('keep', ['time', 'train_loss'])
 def test_no_score_to_compare(keep):
     cb = PreciseBN(keep_if_better=keep)
-    with pytest.raises(ValueError, match='use one of valid_loss, accuracy$'): precise_fit(cb)
+    with pytest.raises(ValueError, match=f"must be one of valid_loss, accuracy, got '{keep}'$"): precise_fit(cb)
 
 def test_weights_that_are_not_finite_do_not_end_the_fit():
     class Diverge(Callback):
@@ -791,11 +791,12 @@ def test_only_a_last_single_sample_joins():
 
 @pytest.mark.parametrize('kw', [dict(n=0), dict(every=0), dict(every=1.5), dict(n=True)])
 def test_bad_arguments_of_the_callback(kw):
-    with pytest.raises(ValueError, match=next(iter(kw))+'='): PreciseBN(**kw)
+    with pytest.raises(ValueError, match=f'`{next(iter(kw))}` must be an integer >= 1'): PreciseBN(**kw)
 
 def test_a_score_that_is_not_recorded():
     cb = PreciseBN(keep_if_better='f1')
-    with pytest.raises(ValueError, match="keep_if_better='f1'.*valid_loss, accuracy"): precise_fit(cb)
+    text = "`keep_if_better` must be one of valid_loss, accuracy, got 'f1'"
+    with pytest.raises(ValueError, match=text): precise_fit(cb)
 
 # --- Several processes
 
