@@ -73,7 +73,7 @@ def run_in_pieces(
     if any(map(_sees_the_batch, layers)):
         with _uncompiled(model), _warning_of_buffers(model): preds = LockStep(model).run(run, parts)
     else: preds = [run(*o) for o in parts]
-    return _joined(preds, sizes)
+    return _join_predictions(preds, sizes)
 
 # %% ../nbs/22_lockstep.ipynb #368316e3
 def _check(model:nn.Module):
@@ -90,7 +90,7 @@ def _check(model:nn.Module):
             f"BatchNorm layer '{k}' is scripted (torch.jit), so its micro-batches cannot meet: use the model as it was "
             "before scripting")
 
-def _joined(preds:list, sizes:list[int]):
+def _join_predictions(preds:list, sizes:list[int]):
     "Join predictions of pieces to that of the batch. Raise `ValueError` if they have no row per sample"
     try: return join_part(preds, sizes, 'the prediction')
     except CannotJoin as e: raise ValueError(

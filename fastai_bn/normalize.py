@@ -172,10 +172,10 @@ def _stats_of(func, args:tuple, kwargs:dict) -> tuple|None:
     name = getattr(func, '__name__', '')
     x = args[0] if args else kwargs.get('tensors')
     if name in _SAME: return _stats(x)
-    if name == 'cat': return _joined(x, *args[1:2], **kwargs)
+    if name == 'cat': return _concatenated(x, *args[1:2], **kwargs)
     return _taken(x, args[1]) if name == '__getitem__' else None
 
-def _joined(xs, dim:int=0, axis:int=0, **kwargs) -> tuple|None:
+def _concatenated(xs, dim:int=0, axis:int=0, **kwargs) -> tuple|None:
     "Join the statistics of batches, if they are joined along their samples"
     parts = [_stats(o) for o in xs]
     return None if dim or axis or None in parts else tuple(torch.cat(o) for o in zip(*parts))

@@ -62,7 +62,7 @@ def _refuse_mutation():
         "ActivationPager moves them. Use one or the other")
 
 # %% ../nbs/13_paging.ipynb #7e3b29a3
-class _Block:
+class _OpenBlock:
     "What the pager knows from the beginning of a `with` block to its end"
     def __init__(self, copies:Copies, budget:Budget, before:Order|None):
         self.forecast = Forecast(before)
@@ -149,7 +149,7 @@ class ActivationPager(TorchDispatchMode):
             "another")
         _refuse_mutation()
         try:
-            self._block = _Block(self._copies, self._budget, self.order if self._budget.value else None)
+            self._block = _OpenBlock(self._copies, self._budget, self.order if self._budget.value else None)
             self._block.open()
             return super().__enter__()
         except BaseException:
@@ -179,14 +179,14 @@ class ActivationPager(TorchDispatchMode):
         if ledger.limit is not None and need > ledger.limit:
             self._rows = min(self._rows, _rows_that_fit(ledger, need, tensors_in(list(tree_iter(trees)))))
 
-    def _close(self) -> _Block:
+    def _close(self) -> _OpenBlock:
         "Leave nothing behind. After an interrupt it is called again"
         block = self._block
         if block is not None: block.close()
         self._block = None
         return block
 
-    def _learn(self, block:_Block):
+    def _learn(self, block:_OpenBlock):
         "Make the block just closed the forecast for the next one; say once what went wrong in it"
         self.order,ledger = block.forecast.learned(),block.ledger
         if ledger.model.compiled:

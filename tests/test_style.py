@@ -120,7 +120,7 @@ def test_the_counts_count():
 @pytest.mark.parametrize('code,found', [
     ('from fastai_bn.paging import _Block, ActivationPager', ['_Block']),
     ('from .paging import _Block', ['_Block']),
-    ('from fastai_bn import paging\npaging._Block()\npaging.__name__', ['paging._Block']),
+    ('from fastai_bn import paging\npaging._OpenBlock()\npaging.__name__', ['paging._OpenBlock']),
     ('from . import paging as p\np._Block', ['p._Block']),
     ('from torch.nn.modules.batchnorm import _BatchNorm', []),
     ('from fastai_bn_else import _f', []),
