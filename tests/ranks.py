@@ -15,6 +15,7 @@ from fastai.basics import Callback, CancelBackwardException, CancelBatchExceptio
 from fastai.callback.schedule import *
 from fastai.distributed import DistributedTrainer
 
+from fastai_bn import storages
 from fastai_bn.all import (AccumulateGradBN, ActivationPager, MicroBatched, PreciseBN, Window, bn_layers,
                            capture_moments)
 from helpers import RaiseAt, conv_net, do_fit, get_dls, get_learner, labels, snapshot, tilted
@@ -77,6 +78,8 @@ def trained(mode, bn, empty=None, cbs=(), epochs=2):
     learn = get_learner(get_dls(*data(EMPTY.get(empty, ())), BS), conv_net(), cbs)
     with learn.distrib_ctx(sync_bn=bn == 'sync', cpu=True): do_fit(learn, epochs)
     assert not isinstance(learn.model, DistributedDataParallel)
+    pager = learn.accumulate_grad_bn.pager
+    assert pager is None or pager.moved
     return dict(state=snapshot(learn.model), steps=learn.watch.steps, reduced=learn.reduced.n,
                 losses=list(learn.recorder.values))
 
@@ -180,7 +183,8 @@ def jobs():
 if __name__ == '__main__':
     import sync_cpu  # patches
     torch.set_num_threads(1)
-    warnings.filterwarnings('ignore', 'A budget on the CPU')
+    for text in ('A budget on the CPU','.*alone needs'): warnings.filterwarnings('ignore', text)
+    storages.MIN_BYTES = 256  # else nothing here is large enough to be moved
     res = {}
     for f,*args in jobs():
         torch.manual_seed(0)

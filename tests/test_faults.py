@@ -120,7 +120,10 @@ def traces():
 @cache
 def clean(mode):
     "The states of a fit without faults: at the beginning, and after each step"
-    do_fit(make(mode, cb := States()))
+    learn = make(mode, cb := States())
+    do_fit(learn)
+    pager = learn.accumulate_grad_bn.pager
+    assert pager is None or pager.moved
     return cb.states
 
 @cache

@@ -4,9 +4,9 @@ import torch
 from fastai.vision.all import Adam, Callback, MixedPrecision, SGD
 
 from fastai_bn.all import AccumulateGradBN
-from helpers import assert_pristine, conv_net, do_fit, get_dls, get_learner, labels, snapshot, tilted
+from helpers import assert_pristine, conv_net, do_fit, get_dls, get_learner, labels, quiet_budget, snapshot, tilted
 
-pytestmark = pytest.mark.filterwarnings('ignore:A budget on the CPU', 'ignore:.*alone needs')
+pytestmark = [quiet_budget, pytest.mark.usefixtures('all_move')]
 
 class OnCPU(MixedPrecision):
     "`MixedPrecision` on a CPU"
@@ -48,6 +48,7 @@ def fit(kw, amp, *cbs, bs=4, n=48, epochs=1, opt_func=SGD):
     learn = get_learner(dls, conv_net().float(), cbs, opt_func=opt_func)
     do_fit(learn, epochs)
     assert_pristine(learn)
+    if kw and 'budget' in kw: assert learn.accumulate_grad_bn.pager.moved
     return learn
 
 @pytest.mark.parametrize('amp', ['fp16','bf16'])
