@@ -50,7 +50,7 @@ def _stripes(rng, size:int, px:float) -> np.ndarray:
     turn = rng.uniform(0, 3.1)
     return (.5+.5*np.sin((y*math.cos(turn)+x*math.sin(turn))*1.6/px))**3
 
-# %% ../nbs/51_draw.ipynb #17c8b2ad
+# %% ../nbs/51_draw.ipynb #443e0ee4
 def _one_cell(rng, x:np.ndarray, y:np.ndarray, cx:float, cy:float, side:float) -> tuple[np.ndarray,...]:
     "Place a cell near (`cx`, `cy`): its distance maps `u` (membrane) and `v` (nucleus), and its angle map"
     py,px = np.array([cy,cx]) + rng.uniform(-.08, .08, 2)
@@ -66,6 +66,7 @@ def _one_cell(rng, x:np.ndarray, y:np.ndarray, cx:float, cy:float, side:float) -
     off_x = r*rng.uniform(-.12, .12)
     return u,np.hypot(dy+off_y, dx+off_x)/(r*rng.uniform(.4,.5)),angle
 
+# %% ../nbs/51_draw.ipynb #9de565ac
 def _cells(rng, size:int) -> tuple[np.ndarray,...]:
     "Draw the cells of an image: maps of `u`, `v`, the angle, and the number of the cell (0: background)"
     y,x = np.mgrid[:size,:size]/size
@@ -73,7 +74,6 @@ def _cells(rng, size:int) -> tuple[np.ndarray,...]:
     number = np.zeros((size,size), np.uint8)
     side = rng.uniform(.34, .5)
     k = 0
-    # cells sit on a jittered grid, some cut by the border
     for cy in np.arange(rng.uniform(0, side/2), 1.1, side):
         for cx in np.arange(rng.uniform(0, side/2), 1.1, side):
             k += 1

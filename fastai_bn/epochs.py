@@ -90,7 +90,7 @@ def _refuse_others(learn:Learner, own:Callback):
         raise ValueError(
             "AccumulateGradBN cannot follow the copies that DataParallel makes of the model. Use learn.distrib_ctx()")
 
-# %% ../nbs/04a_epochs.ipynb #6d261853
+# %% ../nbs/04a_epochs.ipynb #bbd966fb
 class WindowedEpochs(Callback):
     "Open a window for each epoch, run the training loop inside it, and leave nothing behind whatever is raised"
     run_valid = False
@@ -133,7 +133,9 @@ class WindowedEpochs(Callback):
         except BaseException:
             self.close()
             raise
-        if not self.window.layers: self._warn_no_bn()
+        if not self.window.layers and not self._warned: warnings.warn(
+            "AccumulateGradBN found no BatchNorm layer in the model: it accumulates gradients only")
+        self._warned = True
 
     def open(self):
         "Open a window of the learner's model: that of the epoch before, if it is the same"
@@ -186,8 +188,3 @@ class WindowedEpochs(Callback):
         except BaseException:
             self.close()
             raise
-
-    def _warn_no_bn(self):
-        if not self._warned: warnings.warn(
-            "AccumulateGradBN found no BatchNorm layer in the model: it accumulates gradients only")
-        self._warned = True

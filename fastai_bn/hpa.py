@@ -22,7 +22,6 @@ import csv, re
 from collections import Counter
 from inspect import signature
 from numbers import Integral
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -42,7 +41,7 @@ HPA_LABELS = (
     'Mitotic spindle', 'Microtubule organizing center', 'Centrosome', 'Lipid droplets', 'Plasma membrane',
     'Cell junctions', 'Mitochondria', 'Aggresome', 'Cytosol', 'Cytoplasmic bodies', 'Rods & rings')
 
-# %% ../nbs/50_hpa.ipynb #7a17065c
+# %% ../nbs/50_hpa.ipynb #d06ec976
 #: The letter of each channel, and its colour in file names
 COLOURS = dict(r='red', g='green', b='blue', y='yellow')
 
@@ -51,6 +50,7 @@ def check_at_least(least:int, name:str, value, remedy:str):
     if not isinstance(value, Integral) or value < least:
         raise ValueError(f"`{name}` must be an integer >= {least}, got {value!r}. {remedy}")
 
+# %% ../nbs/50_hpa.ipynb #9954f99f
 def read_table(path:Path) -> tuple[list[str],list[list[str]]]:
     """Read `path/train.csv` and check it as a whole. Return the Ids, and the label names of each.
 

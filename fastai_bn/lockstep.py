@@ -43,7 +43,7 @@ from .turns import LockStep
 # %% auto #0
 __all__ = ['MicroBatched']
 
-# %% ../nbs/22_lockstep.ipynb #e0b15dd8
+# %% ../nbs/22_lockstep.ipynb #8a1ac11e
 def _meets_others(m:nn.Module) -> bool:
     "Tell whether BN layer `m` exchanges moments with other processes"
     return m.training and sync_group(m) is not None
@@ -52,6 +52,7 @@ def _sees_the_batch(m:nn.Module) -> bool:
     "Tell whether BN layer `m` normalises by the batch"
     return m.training or m.running_mean is None
 
+# %% ../nbs/22_lockstep.ipynb #72fc51a1
 @torch.compiler.disable
 def run_in_pieces(
     f,              # Runs `model`, as `f(*args, **kwargs)`

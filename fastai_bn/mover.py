@@ -191,7 +191,7 @@ class Mover:
             if st is not None and is_movable(st): rec.copy_out(self.ledger.copies, st)
             n -= rec.nbytes
 
-# %% ../nbs/12a_mover.ipynb #b3e59cea
+# %% ../nbs/12a_mover.ipynb #2d7c76c8
 def return_all(
     ledger:Ledger, # Of a block that ends
 ):
@@ -205,6 +205,7 @@ def return_all(
     ) from error
     if error is not None and not isinstance(error, Exception): raise error
 
+# %% ../nbs/12a_mover.ipynb #18f9dc16
 def _load_all(ledger:Ledger) -> tuple[list[Record],BaseException|None]: # Who is still away, and why
     "Bring back all that is alive, in two tries"
     error = None

@@ -98,7 +98,13 @@ def _counting(x:Tensor, mask, ndim:int) -> Tensor:
     try: return ok.to(device=x.device, dtype=torch.bool).expand(x.shape)
     except RuntimeError as e: raise ValueError(f"`mask` must broadcast to {shapes}. {which}") from e
 
-# %% ../nbs/42_normalize.ipynb #bf2e24a2
+# %% ../nbs/42_normalize.ipynb #38f8e9b3
+def _broadcastable(stats:list[Tensor], dtype:torch.dtype, groups:tuple, ndim:int) -> list[Tensor]:
+    "Give statistics of `groups` the shape of their images, of `ndim` dimensions, and float32 at least"
+    shape = (*groups, *[1]*(ndim-len(groups)))
+    return [o.to(torch.promote_types(dtype, torch.float32)).view(shape) for o in stats]
+
+# %% ../nbs/42_normalize.ipynb #ffd105ce
 def image_normalize(
     x:Tensor,           # [B, C, H, W] or [C, H, W]; volumes [B, C, D, H, W]; signals [C, L]. Of any real type
     per:str='channel',  # Statistics of each 'channel' of an image, or of an 'image', whose colours stay
@@ -127,9 +133,7 @@ def image_normalize(
     out,*stats = res
     if clip is not None: out = out.clamp_(*clip)
     out = _retype(out.to(dtype).view(x.shape), x)
-    if not return_stats: return out
-    dtype,keep = torch.promote_types(dtype, torch.float32),(*groups, *[1]*(x.dim()-len(groups)))
-    return out,*(o.to(dtype).view(keep) for o in stats)
+    return (out,*_broadcastable(stats, dtype, groups, x.dim())) if return_stats else out
 
 # %% ../nbs/42_normalize.ipynb #298280a0
 class _Normalized:

@@ -123,7 +123,35 @@ def _rows_that_fit(ledger:Ledger, need:int, tensors:list) -> int:
     batch = sum([nbytes for k,nbytes in rows if k == n])
     return n*(ledger.limit - need + batch)//batch
 
-# %% ../nbs/13_paging.ipynb #47537071
+# %% ../nbs/13_paging.ipynb #0ffb8746
+class _Warnings:
+    "Say once what went wrong in blocks"
+    def __init__(self): self.said = set()
+
+    def after(self, ledger:Ledger, need:int, need_op, rows:float):
+        "Warn after a block of which the most demanding operation needed `need` bytes, or would have fitted with `rows`"
+        if ledger.model.compiled:
+            self.once('compiled', "A compiled model was called within an ActivationPager: it runs uncompiled there")
+        if ledger.limit is None: return
+        if ledger.device.type == 'cpu': self.once(
+            'cpu', "A budget on the CPU saves nothing: what leaves stays in the same memory. It is for tests only")
+        if need > ledger.limit: self.once('need', _too_large(need, need_op, ledger.limit, rows))
+
+    def once(self, key:str, message:str):
+        "Warn once"
+        if key in self.said: return
+        self.said.add(key)
+        warnings.warn(message, stacklevel=5)
+
+def _too_large(need:int, op, limit:int, rows:float) -> str:
+    "Say what does not fit, and what would"
+    res = (f"{op} alone needs {need:,} bytes with what has to stay on the device, more than the budget of {limit:,}. "
+           f"It ran all the same. The smallest budget that would have held is {need}")
+    if rows < 1: return res
+    return (f"{res}; an operation of the model (not of the loss) would fit in lock step, with micro_bs={rows} or less "
+            "in AccumulateGradBN or MicroBatched")
+
+# %% ../nbs/13_paging.ipynb #d2214614
 class ActivationPager(TorchDispatchMode):
     """Keep the activations of any forward and backward within a budget of device memory, with the same bits as result.
 
@@ -140,7 +168,7 @@ class ActivationPager(TorchDispatchMode):
         self.budget,self.order = budget,None          # `order`: what the last block did
         self.peak,self.need,self.need_op = 0,0,None   # bytes on the device, at most; of the most demanding operation
         self._budget,self._copies,self._block = Budget(budget),Copies(),None
-        self._warned,self._rows = set(),math.inf      # what was said; the rows that would have fitted
+        self._warnings,self._rows = _Warnings(),math.inf  # the rows of operations that would have fitted
 
     def __enter__(self):
         pagers = [o for o in _get_current_dispatch_mode_stack() if isinstance(o, ActivationPager)]
@@ -188,27 +216,8 @@ class ActivationPager(TorchDispatchMode):
 
     def _learn(self, block:_OpenBlock):
         "Make the block just closed the forecast for the next one; say once what went wrong in it"
-        self.order,ledger = block.forecast.learned(),block.ledger
-        if ledger.model.compiled:
-            self._warn("A compiled model was called within an ActivationPager: it runs uncompiled there")
-        if ledger.limit is None: return
-        if ledger.device.type == 'cpu':
-            self._warn("A budget on the CPU saves nothing: what leaves stays in the same memory. It is for tests")
-        if self.need > ledger.limit: self._warn(self._advice(ledger.limit), 'need')
-
-    def _advice(self, limit:int) -> str:
-        "Say what does not fit, and what would"
-        res = (f"{self.need_op} alone needs {self.need:,} bytes with what has to stay on the device, more than the "
-               f"budget of {limit:,}. It ran all the same. The smallest budget that would have held is {self.need}")
-        if self._rows < 1: return res
-        return (f"{res}; an operation of the model (not of the loss) would fit in lock step, with "
-                f"micro_bs={self._rows} or less in AccumulateGradBN or MicroBatched")
-
-    def _warn(self, message:str, key:str|None=None):
-        "Warn once per pager"
-        if (key or message) in self._warned: return
-        self._warned.add(key or message)
-        warnings.warn(message, stacklevel=4)
+        self.order = block.forecast.learned()
+        self._warnings.after(block.ledger, self.need, self.need_op, self._rows)
 
     def __reduce__(self): return type(self),(self.budget,)
 

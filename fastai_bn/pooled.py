@@ -41,7 +41,7 @@ from .moments import Moments
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/20_pooled.ipynb #7a028a26
+# %% ../nbs/20_pooled.ipynb #538cf152
 def _affine(x:Tensor, w:Tensor|None, b:Tensor|None, mean:Tensor, var:Tensor, eps:float=0.) -> Tensor:
     "Compute (x - mean)/sqrt(var + eps)*w + b per channel, by BN's native kernel for inference"
     if not x.numel(): return x.clone()
@@ -62,6 +62,7 @@ def _sums(dy:Tensor, x:Tensor, w:Tensor|None, mean:Tensor, var:Tensor, eps:float
     want = [False,True,True]
     return torch.ops.aten.native_batch_norm_backward(dy, x, w, mean, var, None, None, False, eps, want)[1:]
 
+# %% ../nbs/20_pooled.ipynb #48b3b2bb
 def _mean_var(x:Tensor) -> tuple[Tensor,Tensor]:
     "Compute mean and biased variance per channel, in float32 at least, by BN's native kernel where there is one"
     dtype = torch.promote_types(x.dtype, torch.float32)

@@ -90,7 +90,7 @@ class Reads:
 
 reads = Reads()
 
-# %% ../nbs/12b_reads.ipynb #07cdd284
+# %% ../nbs/12b_reads.ipynb #2b3e817d
 @contextmanager
 def _there(block, t:Tensor, stays:bool):
     "Within, `t` is there; if it `stays`, until `block` ends"
@@ -107,6 +107,7 @@ def _there(block, t:Tensor, stays:bool):
         if stays and not locked: reads.hold(recs, 1)  # for good
     finally: reads.hold(recs, -1)
 
+# %% ../nbs/12b_reads.ipynb #6100f64a
 def _lock_for(block, recs:list[Record]) -> bool:
     "Wait for the lock of `block`. False where an operation runs and `recs` are there"
     while not block.lock.acquire(timeout=.01):

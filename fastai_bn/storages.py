@@ -73,6 +73,20 @@ def _is_list(t:Tensor) -> bool:
     "Is `t` a list of lengths or indices on the CPU? Packed RNNs read theirs before any operation comes"
     return t.dtype in (torch.int32, torch.int64) and t.dim() < 2 and t.device.type == 'cpu'
 
+# %% ../nbs/12_storages.ipynb #9e82adc6
+def new_record(
+    st:torch.UntypedStorage, # On the device
+    died,                    # Called with the record when the storage dies
+    foreign:bool,            # Is it somebody else's?
+) -> Record:
+    "Make the record of a storage"
+    rec = Record(st, died)
+    rec.key,rec.nbytes,rec.label = st._cdata,st.nbytes(),-1
+    rec.host,rec.on_host,rec.event = None,False,None
+    rec.holds = rec.last = rec.rank = 0
+    rec.foreign,rec.pinned = foreign,rec.nbytes < MIN_BYTES or not is_movable(st)
+    return rec
+
 # %% ../nbs/12_storages.ipynb #2b3decc7
 def plain(
     t:Tensor, # Any, with a storage or without
@@ -85,7 +99,7 @@ def plain(
     else: return [] if t.layout is torch._mkldnn else [t]
     return [p for o in parts for p in plain(o)]
 
-# %% ../nbs/12_storages.ipynb #ed6d926f
+# %% ../nbs/12_storages.ipynb #2ddeb770
 class Ledger:
     "Keep account of the storages of a block: who is there, and how many bytes"
     def __init__(self, copies:Copies, budget:Budget, forecast:Forecast):
@@ -107,11 +121,8 @@ class Ledger:
     def add(self, st:torch.UntypedStorage, foreign:bool=False) -> Record:
         "Make a record"
         if st.device != self.device: self._use_device(st.device)
-        rec,n = Record(st, self.died),st.nbytes()
-        rec.key,rec.nbytes,rec.label = st._cdata,n,-1
-        rec.host,rec.on_host,rec.event = None,False,None
-        rec.holds = rec.last = rec.rank = 0
-        rec.foreign,rec.pinned = foreign or st.device != self.device,n < MIN_BYTES or not is_movable(st)
+        rec = new_record(st, self.died, foreign or st.device != self.device)
+        n = rec.nbytes
         self.recs[rec.key] = rec
         if rec.foreign: return rec
         self.alive += n

@@ -179,7 +179,17 @@ def _zero_loss(preds:list, model:nn.Module) -> Tensor:
     through = [o for o in tree_iter(preds) if isinstance(o, Tensor)] or model.parameters()
     return sum((o*0).sum() for o in through if o.requires_grad)
 
-# %% ../nbs/03_window.ipynb #d038b388
+# %% ../nbs/03_window.ipynb #241fd40d
+def _check_n(n):
+    "Raise `ValueError` if `n` is no number of micro-batches"
+    if not is_count(n): raise ValueError(
+        f"`n` must be an integer >= 1, got {n!r}. It is a number of micro-batches")
+
+def _refuse_outside():
+    "Raise `RuntimeError` for a call where no micro-batch is under way"
+    raise RuntimeError("Call this inside `with window.begin(last):`, which begins a micro-batch")
+
+# %% ../nbs/03_window.ipynb #83f6c399
 class Window:
     """Make one step of several micro-batches: the gradient of the mean over all samples, one update of BN's statistics.
 
@@ -192,8 +202,7 @@ class Window:
         grads=None,      # Callable that lists the gradients. None: the `.grad` of the model's parameters
         pager=None,      # `ActivationPager` for the forward and backward pass of each micro-batch
     ):
-        if not is_count(n): raise ValueError(
-            f"`n` must be an integer >= 1, got {n!r}. It is a number of micro-batches")
+        _check_n(n)
         self.model,self.n,self.pager = model,n,pager
         self.batch = None  # the micro-batch under way
         self.grads = grads or (lambda: [p.grad for p in model.parameters() if p.grad is not None])
@@ -279,7 +288,4 @@ class Window:
         for g in self.grads(): g.zero_()
         self._clear()
 
-    def _current(self) -> MicroBatch:
-        if self.batch is None: raise RuntimeError(
-            "Call this inside `with window.begin(last):`, which begins a micro-batch")
-        return self.batch
+    def _current(self) -> MicroBatch: return self.batch or _refuse_outside()
