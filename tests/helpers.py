@@ -2,6 +2,8 @@
 import copy
 import importlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -334,6 +336,12 @@ def process_env():
     "The environment of a process of its own that is to find this package"
     path = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
     return {**os.environ, 'PYTHONPATH':path}
+
+def in_a_process(code, timeout=200):
+    "Run `code`, which may use the files of this folder, in a process of its own, where small storages are moved, too"
+    setup = 'import torch\nfrom fastai_bn import storages\nstorages.MIN_BYTES = 256\ntorch.set_num_threads(1)\n'
+    command = [sys.executable, '-W', 'ignore', '-c', setup+code]
+    return subprocess.run(command, env=process_env(), cwd=ROOT/'tests', capture_output=True, text=True, timeout=timeout)
 
 # A budget on the CPU is for tests alone, and a tiny one for what moves
 quiet_budget = pytest.mark.filterwarnings('ignore:A budget on the CPU', 'ignore:.*alone needs')

@@ -7,7 +7,6 @@ import gc
 import multiprocessing
 import os
 import random
-import subprocess
 import sys
 import threading
 from contextlib import nullcontext
@@ -26,7 +25,7 @@ from fastai.vision.all import (
 import fastai_bn
 from fastai_bn.all import AccumulateGradBN, ActivationPager, MicroBatched, precise_bn
 from helpers import (
-    F64, Boom, DoAt, RaiseAt, assert_same, conv_net, do_fit, get_dls, get_learner, labels, mean_ce, process_env,
+    F64, Boom, DoAt, RaiseAt, assert_same, conv_net, do_fit, get_dls, get_learner, in_a_process, labels, mean_ce,
     quiet_budget, reference_fit, snapshot, tilted)
 
 pytestmark = [quiet_budget, pytest.mark.usefixtures('all_move')]
@@ -43,12 +42,6 @@ MODES = dict(
     int_all=dict(bn_bs=8, micro_bs=3, budget=BUDGET))
 modes = pytest.mark.parametrize('mode', MODES)
 N,BS,STEP = 32,4,4  # two windows of 16 in an epoch
-
-def in_a_process(code):
-    "Run `code`, which may use this file, in a process of its own"
-    command = [sys.executable, '-W', 'ignore', '-c', f'import test_faults\n{code}']
-    return subprocess.run(command, env=process_env(), cwd=Path(__file__).parent, capture_output=True, text=True,
-                          timeout=200)
 
 class Faulty(nn.Module):
     """Identity that raises when told: in the `at`-th forward pass in training mode, or in the backward pass of what
@@ -468,7 +461,7 @@ def deaths():
     print('survived', len(DEATHS))
 
 def test_worker_processes_that_die():
-    run = in_a_process('test_faults.deaths()')
+    run = in_a_process('import test_faults\ntest_faults.deaths()')
     assert run.stdout.strip() == f'survived {len(DEATHS)}', run.stderr[-3000:]
 
 
@@ -641,7 +634,6 @@ def saving(path):
         do_fit(make(mode, save, opt_func=Adam))
 
 def going_on(path):
-    torch.set_num_threads(1)
     for mode in MODES:
         learn = make(mode, opt_func=Adam)
         learn.load(path/mode, with_opt=True)
@@ -651,7 +643,7 @@ def going_on(path):
 def test_a_new_process_goes_on_after_the_last_step(tmp_path):
     "Weights, running statistics and the optimizer are there; the window under way is not, and begins anew"
     saving(tmp_path)
-    run = in_a_process(f'import pathlib; test_faults.going_on(pathlib.Path({str(tmp_path)!r}))')
+    run = in_a_process(f'import test_faults\ntest_faults.going_on(test_faults.Path({str(tmp_path)!r}))')
     assert run.returncode == 0, run.stderr[-3000:]
     for mode in MODES:
         learn = make(mode, opt_func=Adam)

@@ -8,17 +8,15 @@ import threading
 import time
 from collections import Counter
 
-import pytest
 import torch
 from torch import nn
 from fastai.basics import Callback
 
 from fastai_bn.all import AccumulateGradBN
 from helpers import (
-    assert_pristine, assert_same, conv_net, do_fit, get_dls, get_learner, labels, mean_ce, quiet_budget, reference_fit,
-    tilted, windows_of)
+    assert_pristine, assert_same, conv_net, do_fit, get_dls, get_learner, in_a_process, labels, mean_ce,
+    reference_fit, tilted, windows_of)
 
-pytestmark = [quiet_budget, pytest.mark.usefixtures('all_move')]
 BS,STEP,PER_EPOCH = 2,4,20  # windows of 8 samples, 20 in an epoch
 EPOCHS = 3*int(os.environ.get('FASTAI_BN_SOAK', 1))
 BUDGET = 2**13
@@ -45,13 +43,9 @@ def n_hooks(model):
     return own + len(nn.modules.module._global_forward_pre_hooks)
 
 def growth(first, last):
-    "What there is more of in the end. Less is what tests before this one have left, and the garbage collector found"
-    others = [k for k in first if k != 'objects' and last[k] != first[k]]
-    res = {k:(first[k],last[k]) for k in others if not less(last[k], first[k])}
-    more = Counter(last['objects']) - Counter(first['objects'])
-    return {**res, **more}
-
-def less(a, b): return isinstance(a, int) and a < b
+    "What there is more of in the end"
+    others = {k:(first[k],last[k]) for k in first if k != 'objects' and last[k] != first[k]}
+    return {**others, **(Counter(last['objects']) - Counter(first['objects']))}
 
 def is_ours(name): return name.startswith(('fastai_bn','torch.','greenlet'))
 
@@ -78,8 +72,8 @@ def running_error(model, ref):
     "Largest error of a buffer, relative to its largest value"
     return max(((a-b).abs().max()/b.abs().max().clamp(min=1)).item() for a,b in zip(model.buffers(), ref.buffers()))
 
-@pytest.mark.parametrize('mode', MODES)
-def test_nothing_grows(mode):
+def soak(mode):
+    "Make a long fit, and check that nothing has grown in it. The process is this fit's alone: all its objects count"
     kw,bn_bs = MODES[mode]
     n = BS*STEP*PER_EPOCH
     xs,ys = tilted(n),labels(n)
@@ -91,7 +85,7 @@ def test_nothing_grows(mode):
     seconds = time.perf_counter()-start
     first,last = learn.watch.notes
     grown = learn.watch.rss[-1]-learn.watch.rss[(EPOCHS-1)//4]
-    assert growth(first, last) == {}
+    assert growth(first, last) == {}, mode
     assert ('budget' in kw) == (last['peaks'] is not None and last['peaks'][1] > 0)
     assert grown < 2**23, grown
     windows = windows_of(xs, ys, bn_bs, BS*STEP//bn_bs)
@@ -99,6 +93,14 @@ def test_nothing_grows(mode):
     assert_same(learn.model, ref, 1e-9)
     assert_pristine(learn)
     resident,error = learn.watch.rss[-1]/2**20,running_error(learn.model, ref)
-    print(f'\n{mode}: {EPOCHS*PER_EPOCH} windows, {seconds:.0f} s, resident {resident:.0f} MiB, grown by {grown} bytes',
+    print(f'{mode}: {EPOCHS*PER_EPOCH} windows, {seconds:.0f} s, resident {resident:.0f} MiB, grown by {grown} bytes',
           f'tensors {last["tensors"]} bytes, {last["threads"]} thread(s), {last["hooks"]} hooks',
           f'running statistics to {error:.0e}', sep=', ')
+
+def soak_all():
+    for mode in MODES: soak(mode)
+
+def test_nothing_grows():
+    run = in_a_process('import test_soak\ntest_soak.soak_all()', timeout=400*EPOCHS)
+    assert run.returncode == 0, run.stderr[-3000:]
+    print('', run.stdout.strip(), sep='\n')
