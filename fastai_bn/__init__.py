@@ -18,6 +18,7 @@ statistics, no approximation, no change to the model.
 Modules:
 
 - `fastai_bn.accumulate`: `AccumulateGradBN`: one step for several micro-batches, BatchNorm over as many as you say
+- `fastai_bn.advice`: `learn.memory_plan()`: does the large batch fit on the device, and which arguments make it fit?
 - `fastai_bn.all`: `from fastai_bn.all import *`
 - `fastai_bn.batches`: A DataLoader's micro-batches, joined and cut to the batches that BatchNorm is to see
 - `fastai_bn.capture`: What BatchNorm layers see, from the native kernels at no cost; and updates that wait
@@ -26,6 +27,7 @@ Modules:
 - `fastai_bn.diversion`: For a while a BN layer's update goes to somebody else, and its own running statistics stay
 - `fastai_bn.draw`: `make_hpa`: cells drawn in the layout of the Human Protein Atlas, for demonstrations and tests
 - `fastai_bn.epochs`: How a DataLoader's epoch becomes windows, and how fastai's training loop runs inside them
+- `fastai_bn.fakes`: A model of any size runs on tensors that have shapes and no memory
 - `fastai_bn.forecast`: What a block of operations did, the next one will do: who is needed last leaves first
 - `fastai_bn.groupnorm`: `bn_to_gn`: GroupNorm in place of BatchNorm, in any model; `weight_standardize` to go with it
 - `fastai_bn.hpa`: The Kaggle layout of 4-channel fluorescence images with 28 labels, read into `DataLoaders`
@@ -35,6 +37,7 @@ Modules:
 - `fastai_bn.mover`: What an operation needs on the device, who leaves for it, and who returns ahead of time
 - `fastai_bn.normalize`: `image_normalize`: every image by its own statistics; `ImageNormalize`: the same in batches
 - `fastai_bn.paging`: `ActivationPager`: any model within a fixed amount of device memory, bit for bit the same
+- `fastai_bn.plan`: `memory_plan`: what a batch takes, and what each remedy would, before anything is allocated
 - `fastai_bn.pooled`: BatchNorm over micro-batches that are never together: three autograd functions and their gradient
 - `fastai_bn.population`: The statistics of a population with fixed weights, which inference should normalise with
 - `fastai_bn.precise`: `precise_bn`: population statistics of the final weights, not an average over changing ones
@@ -46,9 +49,11 @@ Modules:
 - `fastai_bn.sampling`: Which samples a population is measured on: each once, and no random number is drawn for it
 - `fastai_bn.storages`: Who is on the device, and how many bytes that is
 - `fastai_bn.threads`: What a thread is set to, and how to set it back for a while
+- `fastai_bn.tracker`: Every operation belongs to a layer, in the backward pass, too
 - `fastai_bn.turns`: Micro-batches that run side by side and wait for each other: `LockStep`
 - `fastai_bn.undo`: Stand in for somebody's method, and put it back whatever happens
 - `fastai_bn.unet`: `gn_unet_learner`: fastai's `unet_learner` with GroupNorm everywhere, or in the decoder alone
+- `fastai_bn.virtual`: What a window takes on a graphics card that is not there: the real pager under a clock
 - `fastai_bn.window`: The micro-batches of one optimizer step, in any PyTorch loop"""
 
 __version__ = "0.1.0"

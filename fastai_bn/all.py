@@ -23,9 +23,13 @@ from .unet import *
 from .normalize import *
 from .hpa import *
 from .draw import *
+from .virtual import *
+from .plan import *
+from .advice import *
 
 # %% ../nbs/all.ipynb #977ba8b5
-from . import accumulate, capture, draw, groupnorm, hpa, lockstep, moments, normalize, paging, precise, unet
-from . import window
-_modules = (moments, capture, window, accumulate, paging, lockstep, precise, groupnorm, unet, normalize, hpa, draw)
+from . import accumulate, advice, capture, draw, groupnorm, hpa, lockstep, moments, normalize, paging, plan
+from . import precise, unet, virtual, window
+_modules = (moments, capture, window, accumulate, paging, lockstep, precise, groupnorm, unet, normalize, hpa, draw,
+            virtual, plan, advice)
 __all__ = list(dict.fromkeys(o for m in _modules for o in m.__all__))

@@ -106,7 +106,8 @@ class Copies:
         "Allocate memory that no mode sees, the pager least of all"
         with torch._C._DisableTorchDispatch():
             pin = self.side is not None
-            return torch.empty(n, dtype=torch.uint8, device='cpu', pin_memory=pin).untyped_storage()
+            host = 'meta' if self.device.type == 'meta' else 'cpu'  # where there is no memory, copies need none
+            return torch.empty(n, dtype=torch.uint8, device=host, pin_memory=pin).untyped_storage()
 
     def give(self, buf:torch.UntypedStorage, n:int):
         "Take back a buffer of `n` bytes"

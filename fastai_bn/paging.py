@@ -31,6 +31,7 @@ from operator import or_
 
 import torch
 from torch import nn, Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import graph
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
@@ -55,6 +56,10 @@ def _lazy_views():
     shown,hidden = torch._C._dispatch_tls_local_include_set(),torch._C._dispatch_tls_local_exclude_set()
     return torch._C._ForceDispatchKeyGuard(shown, hidden-_LAZY)
 
+def _is_wrapper(kind:type) -> bool:
+    "Does this kind of tensor take operations apart? A fake one does too, but it is a storage without memory"
+    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not issubclass(kind, FakeTensor)
+
 def _refuse_mutation():
     "Raise `RuntimeError` within `allow_mutation_on_saved_tensors`"
     if graph._allow_mutation_on_saved_tensors_enabled: raise RuntimeError(
@@ -62,6 +67,10 @@ def _refuse_mutation():
         "ActivationPager moves them. Use one or the other")
 
 # %% ../nbs/13_paging.ipynb #7e3b29a3
+def _modes(kind) -> list:
+    "List the dispatch modes of a kind that are active"
+    return [o for o in _get_current_dispatch_mode_stack() if isinstance(o, kind)]
+
 class _OpenBlock:
     "What the pager knows from the beginning of a `with` block to its end"
     def __init__(self, copies:Copies, budget:Budget, before:Order|None):
@@ -75,6 +84,7 @@ class _OpenBlock:
         "Begin to see calls of modules, and reads past all modes"
         self.hook = register_module_forward_pre_hook(self.ledger.model.note_call)
         reads.open(self)
+        if _modes(FakeTensorMode): self.ledger.use_device(torch.device('meta'))
 
     def run(self, func, args:tuple, kwargs:dict): # The operation with its records; what it returned
         "Run an operation: all that it uses is there, and all that it makes is counted"
@@ -163,16 +173,17 @@ class ActivationPager(TorchDispatchMode):
     supports_higher_order_operators = True
     def __init__(self,
         budget:int|float|str|None, # Bytes (`2**30`, '6GiB', '500MB'), a share of what is free, None: only count
+        *,
+        copies:Copies|None=None,   # Who copies; None: this machine, and not a virtual device
     ):
         super().__init__()
         self.budget,self.order = budget,None          # `order`: what the last block did
         self.peak,self.need,self.need_op = 0,0,None   # bytes on the device, at most; of the most demanding operation
-        self._budget,self._copies,self._block = Budget(budget),Copies(),None
+        self._budget,self._copies,self._block = Budget(budget),copies or Copies(),None
         self._warnings,self._rows = _Warnings(),math.inf  # the rows of operations that would have fitted
 
     def __enter__(self):
-        pagers = [o for o in _get_current_dispatch_mode_stack() if isinstance(o, ActivationPager)]
-        if self._block is not None or pagers: raise RuntimeError(
+        if self._block is not None or _modes(ActivationPager): raise RuntimeError(
             "An ActivationPager is active already, and two cannot share a device. Leave its block before you enter "
             "another")
         _refuse_mutation()
@@ -191,16 +202,18 @@ class ActivationPager(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         # A wrapper subclass takes itself apart, and what it does with the tensors inside comes here
-        if any(o.__torch_dispatch__ is not Tensor.__torch_dispatch__ for o in types): return NotImplemented
+        if any(map(_is_wrapper, types)): return NotImplemented
+        # What asks a fake tensor for its device is no operation
+        if getattr(func, 'namespace', '') == 'prim': return func(*args, **(kwargs or {}))
         _refuse_mutation()
         block = self._block
         with block.lock, torch._C.DisableTorchFunctionSubclass():
             op,out = block.run(func, args, kwargs or {})
-            self._account(block.ledger, op, (args, kwargs, out))
+            self.account(block.ledger, op, (args, kwargs, out))
             return out
 
-    def _account(self, ledger:Ledger, op:Operation, trees):
-        "Take note of what an operation needed"
+    def account(self, ledger:Ledger, op:Operation, trees):
+        "Take note of what an operation needed. Called after each, for those who measure more to extend"
         if ledger.resident > self.peak: self.peak = ledger.resident
         need = op.need()
         if need > self.need: self.need,self.need_op = need,op.func

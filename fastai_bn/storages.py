@@ -120,7 +120,7 @@ class Ledger:
 
     def add(self, st:torch.UntypedStorage, foreign:bool=False) -> Record:
         "Make a record"
-        if st.device != self.device: self._use_device(st.device)
+        if st.device != self.device: self.use_device(st.device)
         rec = new_record(st, self.died, foreign or st.device != self.device)
         n = rec.nbytes
         self.recs[rec.key] = rec
@@ -134,10 +134,10 @@ class Ledger:
             self.here[rec.label] = rec
         return rec
 
-    def _use_device(self, device:torch.device):
+    def use_device(self, device:torch.device):
         "Make the first tensor's device the block's, or a GPU once one comes: what was on the CPU before is not ours"
-        is_first = self.device is None or self.device.type == 'cpu' != device.type
-        if device.type == 'meta' or not is_first: return
+        is_gpu = device.type not in ('cpu','meta')
+        if self.device is not None and not (is_gpu and self.device.type == 'cpu'): return
         for rec in list(self.recs.values()): self.disown(rec)
         self.device,self.limit = device,self.budget.on(device)
         self.copies.use_device(device)
@@ -193,7 +193,8 @@ class Ledger:
         if not is_movable(st): return self.pin(rec)  # a NumPy view was taken, or the memory shared, since we looked
         rec.copy_out(self.copies, st)
         rec.wait_for_copy(self.copies)
-        st.data_ptr()  # one that shares memory until it is written to (`_lazy_clone`) gets its own now
+        # One that shares memory until it is written to (`_lazy_clone`) gets its own now
+        if st.device.type != 'meta': st.data_ptr()
         rec.on_host = True
         st.resize_(0)
         self.resident -= rec.nbytes

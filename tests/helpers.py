@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 from fastai.basics import (SGD, Adam, Callback, CancelStepException, DataLoaders, Datasets, L, Learner, TfmdDL,
                            accuracy, noop, set_seed)
@@ -331,6 +333,16 @@ def public_object(module, name):
     "Get what a public name stands for"
     if '.' in name: return getattr(Learner, name.partition('.')[2])
     return getattr(importlib.import_module(f'fastai_bn.{module}'), name)
+
+def data_base(module, name):
+    "Import `name` without what PyTorch's test machinery does to a process, to its flags and to Hypothesis"
+    with pytest.MonkeyPatch.context() as p:
+        p.setattr(torch.backends, 'disable_global_flags', lambda: None)
+        profile = hypothesis.settings.get_current_profile_name()
+        try: return getattr(importlib.import_module(f'torch.testing._internal.{module}'), name)
+        finally: hypothesis.settings.load_profile(profile)
+
+def tensors(*trees): return [t for t in tree_iter(trees) if isinstance(t, torch.Tensor)]
 
 def process_env():
     "The environment of a process of its own that is to find this package"

@@ -5,12 +5,10 @@ and the bits are the same.
 
     FASTAI_BN_OPS=all python -m pytest -s tests/test_ops.py"""
 import contextlib
-import importlib
 import itertools
 import os
 from collections import Counter
 
-import hypothesis
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -19,6 +17,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from fastai_bn import storages
 from fastai_bn.paging import ActivationPager
+from helpers import data_base, tensors
 
 ALL = os.environ.get('FASTAI_BN_OPS') == 'all'
 PARTS = 4  # tests, so that processes share the work
@@ -45,16 +44,6 @@ class Idle(TorchDispatchMode):
 def _everything_can_move(monkeypatch):
     "Samples are small"
     monkeypatch.setattr(storages, 'MIN_BYTES', 1)
-
-def data_base(module, name):
-    "Import `name` without what PyTorch's test machinery does to a process, to its flags and to Hypothesis"
-    with pytest.MonkeyPatch.context() as p:
-        p.setattr(torch.backends, 'disable_global_flags', lambda: None)
-        profile = hypothesis.settings.get_current_profile_name()
-        try: return getattr(importlib.import_module(f'torch.testing._internal.{module}'), name)
-        finally: hypothesis.settings.load_profile(profile)
-
-def tensors(*trees): return [t for t in tree_iter(trees) if isinstance(t, torch.Tensor)]
 
 def copied(o):
     if type(o) is not torch.Tensor or o.layout is not torch.strided: return o
