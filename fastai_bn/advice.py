@@ -216,7 +216,7 @@ def memory_plan(self:Learner,
     card,model,data = card and find_card(card),get_model(self.model),_Data(self, n_step)
     memory,run = _memory(memory, card, model),partial(run_in_window, cast=_precision(self))
     real = _on_device(model, self.loss_func, data, run)
-    with planned(model) as fakes:
+    with planned(model, self.loss_func) as fakes:
         model.train()
         micro,whole = data.fake(fakes)
         windows = Windows(model, self.loss_func, fakes, card, run, keep_grads=True)

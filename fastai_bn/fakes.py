@@ -183,10 +183,17 @@ def plain_fakes():
     finally: insist(put_back)
 
 # %% ../nbs/71_fakes.ipynb #79f436db
+def modules_of(f) -> list[nn.Module]:
+    "List the modules that a loss is, or has as attributes, as fastai's losses have"
+    if isinstance(f, nn.Module): return [f]
+    return [o for o in getattr(f, '__dict__', {}).values() if isinstance(o, nn.Module)]
+
 @contextmanager
 def without_memory(
     model:nn.Module,
+    loss_func=None,  # Its class weights are tensors, too
 ): # `Fakes`
-    "Within, `model` runs on fake tensors, which the `Fakes` make, and only on these"
-    fakes = Fakes()
-    with LayerTracker(model) as fakes.mode.tracker, stand_ins(model, fakes.param, fakes.of), plain_fakes(): yield fakes
+    "Within, `model` and `loss_func` run on fake tensors, which the `Fakes` make, and only on these"
+    fakes,all_modules = Fakes(),nn.ModuleList([model, *modules_of(loss_func)])
+    with (LayerTracker(model) as fakes.mode.tracker, stand_ins(all_modules, fakes.param, fakes.of),
+          plain_fakes()): yield fakes

@@ -203,7 +203,7 @@ def memory_plan(
     budgets,card,run = _budgets(budgets),card and find_card(card),partial(run_window, cast=precision())
     n = n_samples(as_args(xb), as_args(yb))
     _check(n, n_step, micro_bs, opt, by)
-    with planned(model) as fakes:
+    with planned(model, loss_func) as fakes:
         windows,(xb,yb) = Windows(model, loss_func, fakes, card, run),fakes.all_in((as_args(xb), as_args(yb)))
         if by == 'layer': return _by_layer(windows, xb, yb)
         rows = plan_rows(windows, xb, yb, n, n_step, budgets, _listed(micro_bs))
@@ -213,6 +213,7 @@ def memory_plan(
 @contextmanager
 def planned(
     model:nn.Module,
+    loss_func=None,
 ): # `Fakes`
     "Within, `model` has no memory, and the pager does not warn of budgets that are only tried"
     for k,m in model.named_modules():
@@ -221,7 +222,7 @@ def planned(
             "each device. Run one real micro-batch inside `with ActivationPager(None) as pager:` and scale: "
             "`pager.peak` grows with the samples")
     with (rng_kept(), torch.autocast('cpu', enabled=False), warnings.catch_warnings(),
-          without_memory(model) as fakes):
+          without_memory(model, loss_func) as fakes):
         warnings.filterwarnings('ignore', '.*alone needs')
         yield fakes
 
