@@ -23,6 +23,7 @@ Modules:
 - `fastai_bn.batches`: A DataLoader's micro-batches, joined and cut to the batches that BatchNorm is to see
 - `fastai_bn.capture`: What BatchNorm layers see, from the native kernels at no cost; and updates that wait
 - `fastai_bn.copies`: Memory budgets, host buffers, and the stream on which copies run beside the computation
+- `fastai_bn.counting`: Forward and backward pass inside the real pager, on tensors without memory
 - `fastai_bn.demo`: `python -m fastai_bn.demo`: the main job end to end, in minutes on two cores
 - `fastai_bn.diversion`: For a while a BN layer's update goes to somebody else, and its own running statistics stay
 - `fastai_bn.draw`: `make_hpa`: cells drawn in the layout of the Human Protein Atlas, for demonstrations and tests

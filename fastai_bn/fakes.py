@@ -13,15 +13,18 @@ Docs: https://fastai-bn.github.io/fastai_bn/fakes.html.md"""
 
 # %% ../nbs/71_fakes.ipynb #4515483e
 from __future__ import annotations
+import math
 from collections.abc import Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import nn, Tensor
 from torch._subclasses import fake_tensor
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map_only
 
+from .mover import tensors_in
 from .samples import rebuild
 from .tracker import LayerTracker
 from .turns import PerBatchState
@@ -31,19 +34,23 @@ from .undo import insist
 __all__ = []
 
 # %% ../nbs/71_fakes.ipynb #36e7457d
-class CannotPlan(ValueError): "What a model does that only real tensors can do"
+class CannotPlan(ValueError): "The model does something that needs real tensors"
 
-_READS = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException,
-          fake_tensor.UnsupportedFakeTensorException, fake_tensor.UnsupportedOperatorException)
+_READS = fake_tensor.DataDependentOutputException,fake_tensor.DynamicOutputShapeException
+_LACKS = fake_tensor.UnsupportedFakeTensorException,fake_tensor.UnsupportedOperatorException
 _OTHERS = 'mkldnn_rnn_layer','_ctc_loss','_cudnn_ctc_loss','_embedding_bag','_thnn_fused_lstm_cell'
 
-def _cannot_plan(layer:str, func, why:str) -> CannotPlan:
-    "Make the error for an operation in a layer"
+def cannot_plan(who:str, why:str) -> CannotPlan:
+    "Make the error that names a layer and the way out"
     return CannotPlan(
-        f"{layer} calls {func}, {why}, so it cannot be planned without memory. Run one real micro-batch inside "
-        "`with ActivationPager(None) as pager:` and scale: `pager.peak` grows with the samples")
+        f"{who} cannot be planned without memory: {why}. Run one real micro-batch inside `with ActivationPager(None) "
+        "as pager:` and scale: `pager.peak` grows with the samples")
+
+def name_of(layer:str) -> str: return f"Layer '{layer}'" if layer else 'The model'
 
 # %% ../nbs/71_fakes.ipynb #365fe28a
+_LIFTS = 'lift','lift_fresh','lift_fresh_copy' # Take a constant in
+_UNMASKED = 'grid_sampler_2d_backward','grid_sampler_3d_backward' # Make all gradients
 _MEAN_IN_PLACE = 'mse_loss','smooth_l1_loss','soft_margin_loss','binary_cross_entropy'
 _NORMS = 'native_batch_norm','_native_batch_norm_legit','native_group_norm','native_layer_norm'
 
@@ -65,9 +72,17 @@ def _update_stats(mode, x:Tensor, running_mean:Tensor|None, running_var:Tensor|N
     with mode: return torch.empty(x.shape[1], dtype=dtype),torch.empty(x.shape[1], dtype=dtype)
 
 def _gradient_like(x:Tensor, out:tuple) -> tuple:
-    "Give the gradient of `x`, which comes first, the type of `x`"
+    "Give the gradient of `x`, which comes first, the type of `x`, and memory without gaps or turns"
     dx,*others = out
-    return (dx if dx is None else dx.to(x.dtype), *others)
+    return (dx if dx is None else dx.to(x.dtype).contiguous(), *others)
+
+def _room(func, name:str, args:tuple, kwargs:dict) -> int:
+    "Count the values for which an operation allocates memory, where that is more than it returns; else 0"
+    if name == 'col2im': return args[0].numel()
+    if name not in _MEAN_IN_PLACE or not _argument(func, 'reduction', args, kwargs): return 0
+    return torch.broadcast_shapes(args[0].shape, args[1].shape).numel()
+
+def out_numel(out) -> float: return out.numel() if isinstance(out, Tensor) else math.inf
 
 _OURS = dict(batch_norm_update_stats=_update_stats) # Operations that have no fake version
 
@@ -78,41 +93,61 @@ def _float_stats(args:tuple, out:tuple) -> tuple:
     return (out[0], *[o.float() for o in out[1:]]) if is_mixed else out
 
 # %% ../nbs/71_fakes.ipynb #bd22574c
+def _has_real(args:tuple) -> bool:
+    "Is there a tensor with memory?"
+    return any(not isinstance(t, fake_tensor.FakeTensor) for t in tensors_in(args) if isinstance(t, Tensor))
+
 class CPUFakes(fake_tensor.FakeTensorMode):
     "Fake tensors with the sizes of the CPU's"
     def __init__(self):
         # Else operations without a fake version run on real zeros
         super().__init__(allow_non_fake_inputs=True, allow_fallback_kernels=False)
-        self.tracker = None # Who is at work
+        self.tracker = None  # Who is at work
+        self.of,self.met = None,{} # Makes a fake of a real tensor; real ones that were met, with their gradients, by id
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.rpartition('::')[2] if isinstance(func, torch._ops.OpOverload) else ''
         if name.removesuffix('_backward') in _OTHERS: raise self.refusal(func, "which has other sizes on fake tensors")
+        if name not in _LIFTS and _has_real((*args, *(kwargs or {}).values())):
+            args,kwargs = tree_map_only(Tensor, self.stand_in, (args, kwargs))
         if name in _OURS: return _OURS[name](self, *args, **(kwargs or {}))
         try: out = super().__torch_dispatch__(func, types, args, kwargs)
         except _READS as e: raise self.refusal(func, "which reads the values of a tensor") from e
+        except _LACKS as e: raise self.refusal(func, "which has no version without memory") from e
         return self.as_on_cpu(func, name, args, kwargs or {}, out) if name else out
+
+    def stand_in(self, t:Tensor) -> Tensor:
+        "Make a fake of a real tensor, as those are that a closure has. It is not written to, and keeps its gradient"
+        if isinstance(t, fake_tensor.FakeTensor): return t
+        if id(t) not in self.met: self.met[id(t)] = t,t.grad if t.is_leaf else None
+        return self.of(t)
+
+    def put_back_gradients(self):
+        "Give real tensors the gradients that they had"
+        for t,grad in self.met.values():
+            if t.is_leaf and t.grad is not grad: t.grad = grad
 
     def refusal(self, func, why:str) -> CannotPlan:
         "Name the layer that cannot be planned"
-        layer = self.tracker and self.tracker.now()
-        return _cannot_plan(f"Layer '{layer}'" if layer else 'The model', func, why)
+        return cannot_plan(name_of(self.tracker and self.tracker.now()), f"it calls {func}, {why}")
 
     def as_on_cpu(self, func, name:str, args:tuple, kwargs:dict, out):
         "Make of what `func` returned what it returns on the CPU"
         if name in _NORMS: return _float_stats(args, out)
-        if name in _MEAN_IN_PLACE and _argument(func, 'reduction', args, kwargs):
-            n = torch.broadcast_shapes(args[0].shape, args[1].shape).numel()
-            with self: return out.new_empty(n).resize_(())
+        n = _room(func, name, args, kwargs)
+        if n > out_numel(out):
+            with self: return out.new_empty(n).resize_(out.shape)
         # The gradient of the input is of the input's type, in mixed precision, too
         if name.removesuffix('_backward') in _NORMS: out = _gradient_like(args[1], out)
-        mask = _argument(func, 'output_mask', args, kwargs)
+        mask = None if name in _UNMASKED else _argument(func, 'output_mask', args, kwargs)
         return out if mask is None else tuple([o if keep else None for o,keep in zip(out, mask)])
 
 # %% ../nbs/71_fakes.ipynb #b27f0db5
 class Fakes:
     "Make fake tensors of real ones, under one mode"
-    def __init__(self): self.mode,self.storages = CPUFakes(),{}
+    def __init__(self):
+        self.mode,self.storages = CPUFakes(),{}
+        self.mode.of = self.of
 
     def of(self, t:Tensor) -> Tensor:
         "Make a fake tensor, on the CPU, of any tensor with a storage"
@@ -142,6 +177,16 @@ class Fakes:
         return rebuild(o, [self.all_in(v) for v in o]) if isinstance(o, (tuple,list)) else o
 
 # %% ../nbs/71_fakes.ipynb #fbd6515c
+MODULE_ATTRS = set(vars(nn.Module())) # what every module has
+
+def _exchange(m:nn.Module, param, tensor):
+    "Exchange parameters, buffers, and tensors among the attributes of a module, in lists and dicts, too"
+    own = {k:v for k,v in vars(m).items() if k not in MODULE_ATTRS and isinstance(v, (Tensor,list,tuple,dict))}
+    m._parameters.update({k:param(p) for k,p in m._parameters.items() if p is not None})
+    m._buffers.update({k:tensor(b) for k,b in m._buffers.items() if b is not None})
+    vars(m).update({k:tree_map_only(Tensor, tensor, v) for k,v in own.items()})
+
+# %% ../nbs/71_fakes.ipynb #c0ffee32
 @contextmanager
 def stand_ins(
     model:nn.Module,
@@ -158,13 +203,11 @@ def stand_ins(
             d.update(values)
         state.switch(1)
         state.close()
-    def instead(make, t):
-        if id(t) not in shared: shared[id(t)] = make(t)
-        return shared[id(t)]
+    def instead(make, o):
+        if id(o) not in shared: shared[id(o)] = make(o)
+        return shared[id(o)]
     try:
-        for m in list(model.modules()):
-            for d,make in ((m._parameters, param), (m._buffers, tensor), (vars(m), tensor)):
-                d.update({k:instead(make, t) for k,t in d.items() if isinstance(t, Tensor)})
+        for m in list(model.modules()): _exchange(m, partial(instead, param), partial(instead, tensor))
         yield
     finally: insist(put_back)
 
@@ -183,6 +226,13 @@ def plain_fakes():
     finally: insist(put_back)
 
 # %% ../nbs/71_fakes.ipynb #79f436db
+def _refuse_scripted(model:nn.Module):
+    "Raise `CannotPlan` for modules whose tensors nothing can stand in for"
+    for k,m in model.named_modules():
+        if isinstance(m, torch.jit.ScriptModule): raise CannotPlan(
+            f"{name_of(k)} is scripted or traced (torch.jit), so it cannot be planned. Plan "
+            "the model as it was before")
+
 def modules_of(f) -> list[nn.Module]:
     "List the modules that a loss is, or has as attributes, as fastai's losses have"
     if isinstance(f, nn.Module): return [f]
@@ -194,6 +244,9 @@ def without_memory(
     loss_func=None,  # Its class weights are tensors, too
 ): # `Fakes`
     "Within, `model` and `loss_func` run on fake tensors, which the `Fakes` make, and only on these"
+    _refuse_scripted(model)
     fakes,all_modules = Fakes(),nn.ModuleList([model, *modules_of(loss_func)])
-    with (LayerTracker(model) as fakes.mode.tracker, stand_ins(all_modules, fakes.param, fakes.of),
-          plain_fakes()): yield fakes
+    try:
+        with (LayerTracker(model) as fakes.mode.tracker, stand_ins(all_modules, fakes.param, fakes.of),
+              plain_fakes()): yield fakes
+    finally: insist(fakes.mode.put_back_gradients)

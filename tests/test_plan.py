@@ -20,7 +20,8 @@ from fastai.vision.all import CrossEntropyLossFlat, DynamicUnet, TensorImage, cr
 
 from fastai_bn.all import ActivationPager, MicroBatched, memory_plan
 from fastai_bn.fakes import CannotPlan
-from fastai_bn.plan import COLUMNS, n_bytes
+from fastai_bn.counting import n_bytes
+from fastai_bn.plan import COLUMNS
 from helpers import quiet_budget
 
 pytestmark = [quiet_budget, pytest.mark.usefixtures('all_move')]
@@ -46,6 +47,24 @@ class Saving(nn.Module):
         self.body,self.head,self.use_reentrant = nn.Sequential(conv(3), conv(8)),head(8),use_reentrant
     def forward(self, x):
         return self.head(checkpoint(self.body, x.clone().requires_grad_(), use_reentrant=self.use_reentrant))
+
+class Applied(nn.Module):
+    "A function between layers"
+    def __init__(self, f):
+        super().__init__()
+        self.a,self.b,self.f = conv(3),nn.Sequential(conv(8), head(8)),f
+    def forward(self, x): return self.b(self.f(self.a(x)))
+
+def moved(x): return F.grid_sample(x, F.affine_grid(torch.eye(2, 3).expand(len(x), 2, 3), x.shape), align_corners=False)
+def turned(x): return F.layer_norm(x.flatten(2), (32*32,)).permute(0, 2, 1).reshape(x.shape)
+
+class Table(nn.Module):
+    "Constants in a list, and in a dict"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = conv(3),head(8)
+        self.tables = [torch.ones(8, 32, 32), dict(more=torch.ones(32, 32))]
+    def forward(self, x): return self.b(self.a(x)*self.tables[0]+self.tables[1]['more'])
 
 class Parts(nn.Module):
     "A dict goes in, a tuple comes out"
@@ -130,6 +149,10 @@ MODELS = dict(
     smooth_l1=lambda: regression(F.smooth_l1_loss),
     bce=lambda: regression(F.binary_cross_entropy),
     norms=norms,
+    grids=lambda: classify(Applied(moved)),
+    unfolded=lambda: classify(Applied(lambda x: F.unfold(x, 3, padding=1).view(3, 72, 32, 32)[:, :8])),
+    turned=lambda: classify(Applied(turned)),
+    table=lambda: classify(Table()),
     weighted=lambda: (*tv_net('resnet18')[:3], nn.CrossEntropyLoss(torch.rand(5))),
     flat=lambda: (*tv_net('resnet18')[:3], CrossEntropyLossFlat(weight=torch.rand(5))))
 HALVES = 'resnet18','shufflenet','vit','words','norms','convnext','mse'
@@ -284,6 +307,19 @@ def test_devices_and_types_of_a_batch_do_not_matter():
     for o in (x.to('meta'), TensorImage(x), (x,)):
         pd.testing.assert_frame_equal(memory_plan(model, o, loss, (y,)), expected)
 
+def test_what_a_loss_has_in_a_closure_is_left_as_it_was():
+    "A head that the loss trains, and a teacher with BN: gradients and counters stay, and training goes on"
+    model,last,teacher = conv(3),nn.Sequential(head(8), nn.Linear(5, 5)),nn.Sequential(conv(3), head(8))
+    x,y = images(),labels()
+    def loss(p, y): return F.cross_entropy(last(p)+teacher(x).detach(), y)
+    last[1].weight.grad = torch.ones(5, 5)
+    before = copy.deepcopy((last.state_dict(), teacher.state_dict()))
+    memory_plan(model, x, loss, y)
+    for a,b in zip(before, (last, teacher)): assert all(torch.equal(v, b.state_dict()[k]) for k,v in a.items())
+    assert [p.grad is None for p in last.parameters()] == [True, True, False, True]
+    loss(model(x), y).backward()
+    assert all(type(p.grad) is torch.Tensor for p in last.parameters())
+
 def test_no_targets():
     model,x,_ = net_and_batch()
     assert memory_plan(model, x, lambda p: p.sum(), None, budgets=[]).peak[0] > 0
@@ -350,15 +386,40 @@ def test_ctc_is_refused(as_list):
     with pytest.raises(CannotPlan, match='ctc'):
         memory_plan(nn.Linear(4, 9), torch.randn(20, 3, 4), loss, torch.randint(1, 9, (3,5)))
 
+@pytest.mark.parametrize('as_traced', [False, True])
+def test_scripted_modules_are_refused_and_left_as_they_were(as_traced):
+    deep = torch.jit.trace(conv(3), images()) if as_traced else torch.jit.script(conv(3))
+    model = nn.Sequential(deep, head(8))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CannotPlan, match="Layer '0' is scripted"):
+        memory_plan(model, images(), F.cross_entropy, labels())
+    assert all(torch.equal(v, model.state_dict()[k]) for k,v in before.items())
+
+def test_an_operation_without_a_fake_version_is_not_said_to_read_values():
+    with pytest.raises(CannotPlan, match='no version without memory'):
+        memory_plan(head(3), images(), nn.MultiMarginLoss(), labels(), budgets=[])
+
+@pytest.mark.parametrize('make', [torch.optim.ASGD, torch.optim.Adafactor])
+def test_an_optimizer_that_reads_values_is_named(make):
+    with pytest.raises(CannotPlan, match='`opt`.*'+make.__name__):
+        memory_plan(head(3), images(), F.cross_entropy, labels(), opt=make, budgets=[])
+
+@pytest.mark.parametrize('loss,said', [
+    (lambda p,y: 1., 'float'), (lambda p,y: F.cross_entropy(p.detach(), y), 'requires a gradient'),
+    (lambda p,y: p, r'\[3, 5\]')])
+def test_a_loss_without_a_backward_pass(loss, said):
+    with pytest.raises(ValueError, match=f'`loss_func`.*{said}'): memory_plan(head(3), images(), loss, labels())
+
 def test_lazy_layers_are_refused():
     with pytest.raises(ValueError, match='run one batch'):
         memory_plan(nn.Sequential(nn.LazyConv2d(3, 3), head(3)), images(), F.cross_entropy, labels())
 
 @pytest.mark.parametrize('kw,said', [
     (dict(n_step=0), 'got 0'), (dict(n_step=4), '3 samples'), (dict(n_step=1.5), 'got 1.5'),
-    (dict(budgets=.5), 'got 0.5'), (dict(budgets=['2GiB', 'much']), 'much'),
+    (dict(budgets=.5), 'got 0.5'), (dict(budgets=['2GiB', 'much']), '`budgets`.*much'),
+    (dict(budgets='auto'), '`budgets`'),
     (dict(micro_bs=0), 'got 0'), (dict(micro_bs=[2, True]), 'True'),
-    (dict(opt='adam'), 'adam'), (dict(card='K80'), 'RTX 3060'), (dict(by='op'), 'op')])
+    (dict(opt='adam'), 'got str'), (dict(card='K80'), 'RTX 3060'), (dict(by='op'), 'op')])
 def test_bad_arguments(kw, said):
     model,x,loss,y = args_of('resnet18')
     with pytest.raises(ValueError, match=said): memory_plan(model, x, loss, y, **kw)

@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from fastai_bn.all import CARDS, Card, memory_plan
-from fastai_bn.plan import mixed_precision
+from fastai_bn.counting import mixed_precision
 from fastai_bn.virtual import LAUNCH
 from helpers import quiet_budget
 
