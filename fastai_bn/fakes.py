@@ -93,6 +93,8 @@ def _float_stats(args:tuple, out:tuple) -> tuple:
     return (out[0], *[o.float() for o in out[1:]]) if is_mixed else out
 
 # %% ../nbs/71_fakes.ipynb #bd22574c
+def _name_of(func) -> str: return func._schema.name.rpartition('::')[2] if hasattr(func, '_schema') else ''
+
 def _has_real(args:tuple) -> bool:
     "Is there a tensor with memory?"
     return any(not isinstance(t, fake_tensor.FakeTensor) for t in tensors_in(args) if isinstance(t, Tensor))
@@ -106,15 +108,15 @@ class CPUFakes(fake_tensor.FakeTensorMode):
         self.of,self.met = None,{} # Makes a fake of a real tensor; real ones that were met, with their gradients, by id
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.rpartition('::')[2] if isinstance(func, torch._ops.OpOverload) else ''
+        name,kwargs = _name_of(func),kwargs or {}
         if name.removesuffix('_backward') in _OTHERS: raise self.refusal(func, "which has other sizes on fake tensors")
-        if name not in _LIFTS and _has_real((*args, *(kwargs or {}).values())):
+        if name not in _LIFTS and _has_real((*args, *kwargs.values())):
             args,kwargs = tree_map_only(Tensor, self.stand_in, (args, kwargs))
-        if name in _OURS: return _OURS[name](self, *args, **(kwargs or {}))
+        if name in _OURS: return _OURS[name](self, *args, **kwargs)
         try: out = super().__torch_dispatch__(func, types, args, kwargs)
         except _READS as e: raise self.refusal(func, "which reads the values of a tensor") from e
         except _LACKS as e: raise self.refusal(func, "which has no version without memory") from e
-        return self.as_on_cpu(func, name, args, kwargs or {}, out) if name else out
+        return self.as_on_cpu(func, name, args, kwargs, out) if name else out
 
     def stand_in(self, t:Tensor) -> Tensor:
         "Make a fake of a real tensor, as those are that a closure has. It is not written to, and keeps its gradient"

@@ -39,11 +39,11 @@ def fake_sizes(op, args, kwargs):
     with fakes.mode: return sizes(op, args, kwargs)
 
 def samples(dtype):
-    "Two samples of the inputs of each layer and loss"
+    "A sample of the inputs of each layer and loss"
     for op in data_base('common_methods_invocations', 'op_db'):
         if not op.name.startswith('nn.functional.') or dtype not in op.supported_backward_dtypes('cpu'): continue
         found = op.sample_inputs('cpu', dtype, requires_grad=op.supports_autograd)
-        for o in itertools.islice(found, 2): yield op,(o.input, *o.args),o.kwargs
+        for o in itertools.islice(found, 1): yield op,(o.input, *o.args),o.kwargs
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_layers_and_losses(dtype):
@@ -55,5 +55,5 @@ def test_layers_and_losses(dtype):
         else:
             n += 1
             if fake != real: different.add(name)
-    assert n > 130 and not different
+    assert n > 60 and not different
     assert refused <= set(REFUSED)
