@@ -71,10 +71,12 @@ def _update_stats(mode, x:Tensor, running_mean:Tensor|None, running_var:Tensor|N
     dtype = x.dtype if running_mean is None else running_mean.dtype
     with mode: return torch.empty(x.shape[1], dtype=dtype),torch.empty(x.shape[1], dtype=dtype)
 
-def _gradient_like(x:Tensor, out:tuple) -> tuple:
-    "Give the gradient of `x`, which comes first, the type of `x`, and memory without gaps or turns"
+def _gradient_like(x:Tensor, weight:Tensor|None, out:tuple) -> tuple:
+    "Give gradients the type of `x`, which comes first, and of its weight; that of `x` has no gaps or turns in memory"
     dx,*others = out
-    return (dx if dx is None else dx.to(x.dtype).contiguous(), *others)
+    types = x.dtype,*[(x if weight is None else weight).dtype for _ in others]
+    dx,*others = [o if o is None else o.to(dtype) for o,dtype in zip(out, types)]
+    return (dx if dx is None else dx.contiguous(), *others)
 
 def _room(func, name:str, args:tuple, kwargs:dict) -> int:
     "Count the values for which an operation allocates memory, where that is more than it returns; else 0"
@@ -140,7 +142,8 @@ class CPUFakes(fake_tensor.FakeTensorMode):
         if n > out_numel(out):
             with self: return out.new_empty(n).resize_(out.shape)
         # The gradient of the input is of the input's type, in mixed precision, too
-        if name.removesuffix('_backward') in _NORMS: out = _gradient_like(args[1], out)
+        if name.removesuffix('_backward') in _NORMS:
+            out = _gradient_like(args[1], _argument(func, 'weight', args, kwargs), out)
         mask = None if name in _UNMASKED else _argument(func, 'output_mask', args, kwargs)
         return out if mask is None else tuple([o if keep else None for o,keep in zip(out, mask)])
 
