@@ -293,7 +293,7 @@ def test_the_model_is_left_as_it_was(kind, is_broken):
     assert torch.Tensor.as_subclass is as_subclass and not torch._C._len_torch_dispatch_stack()
 
 def test_a_batch_and_a_model_that_never_existed():
-    "2 TiB of images: nothing here could hold them"
+    "1.5 TiB of images: nothing here could hold them"
     with torch.device('meta'):
         model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), head(64))
         x,y = torch.empty(2**13, 3, 2**12, 2**12),torch.empty(2**13, dtype=torch.long)
