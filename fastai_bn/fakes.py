@@ -127,9 +127,10 @@ class CPUFakes(fake_tensor.FakeTensorMode):
         return self.of(t)
 
     def put_back_gradients(self):
-        "Give real tensors the gradients that they had"
+        "Give real tensors the gradients that they had, and let go of them"
         for t,grad in self.met.values():
             if t.is_leaf and t.grad is not grad: t.grad = grad
+        self.met.clear()
 
     def refusal(self, func, why:str) -> CannotPlan:
         "Name the layer that cannot be planned"
@@ -171,6 +172,11 @@ class Fakes:
             self.storages[st._cdata] = torch.empty(st.nbytes(), dtype=torch.uint8),st
         return self.storages[st._cdata][0].untyped_storage()
 
+    def close(self):
+        "Leave real tensors as they were, and let go of them"
+        self.mode.put_back_gradients()
+        self.storages.clear()
+
     def param(self, p:nn.Parameter) -> nn.Parameter:
         "Make a fake parameter"
         with self.mode: return nn.Parameter(self.of(p), p.requires_grad)
@@ -200,7 +206,6 @@ def stand_ins(
 ):
     "Within, others stand in for the tensors of `model`; afterwards all is as it was"
     state,shared = PerBatchState(model, 2),{}
-    state.switch(0)
     before = [(d, dict(d)) for m in model.modules() for d in (m._parameters, m._buffers)]
     def put_back():
         for d,values in before:
@@ -212,6 +217,7 @@ def stand_ins(
         if id(o) not in shared: shared[id(o)] = make(o)
         return shared[id(o)]
     try:
+        state.switch(0)
         for m in list(model.modules()): _exchange(m, partial(instead, param), partial(instead, tensor))
         yield
     finally: insist(put_back)
@@ -254,4 +260,4 @@ def without_memory(
     try:
         with (LayerTracker(model) as fakes.mode.tracker, stand_ins(all_modules, fakes.param, fakes.of),
               plain_fakes()): yield fakes
-    finally: insist(fakes.mode.put_back_gradients)
+    finally: insist(fakes.close)

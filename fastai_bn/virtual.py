@@ -119,12 +119,13 @@ class ClockedCopies(Copies):
     "Copies that take time on the bus of a virtual device, and no memory"
     def __init__(self, clock:Clock):
         super().__init__()
-        self.clock,self.end,self.buffers = clock,0.,set()  # when the last copy ends; addresses of host buffers
+        # When the last copy ends; host buffers by address, which stays theirs as they are kept
+        self.clock,self.end,self.buffers = clock,0.,{}
 
     def allocate(self, n:int) -> torch.UntypedStorage:
         "Make a host buffer without memory"
         buf = super().allocate(n)
-        self.buffers.add(buf._cdata)
+        self.buffers[buf._cdata] = buf
         return buf
 
     def start(self, dst:torch.UntypedStorage, src:torch.UntypedStorage, n:int) -> float:
