@@ -176,6 +176,7 @@ class Fakes:
         "Leave real tensors as they were, and let go of them"
         self.mode.put_back_gradients()
         self.storages.clear()
+        self.mode.of = self.mode.tracker = None
 
     def param(self, p:nn.Parameter) -> nn.Parameter:
         "Make a fake parameter"

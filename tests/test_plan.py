@@ -2,6 +2,7 @@
 import copy
 import gc
 import random
+import weakref
 from contextlib import nullcontext
 from functools import partial
 
@@ -291,6 +292,19 @@ def test_the_model_is_left_as_it_was(kind, is_broken):
     assert all(torch.equal(a, b) for a,b in zip(weights.values(), model.state_dict().values()))
     assert [id(h.stored) for h in getattr(model, 'sfs', [])] == stored
     assert torch.Tensor.as_subclass is as_subclass and not torch._C._len_torch_dispatch_stack()
+
+def test_the_model_goes_when_it_is_deleted():
+    "A plan makes no circle that would wait for the garbage collector"
+    model,x,loss,y = args_of('shared')
+    memory_plan(model, x, loss, y)
+    gone = weakref.ref(model),weakref.ref(model.conv.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        memory_plan(model, x, loss, y, budgets=[])
+        del model
+        assert [o() for o in gone] == [None, None]
+    finally: gc.enable()
 
 def test_a_batch_and_a_model_that_never_existed():
     "1.5 TiB of images: nothing here could hold them"
