@@ -18,6 +18,9 @@ from fastai.basics import (SGD, Adam, Callback, CancelStepException, DataLoaders
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import to_float
+from fastai.vision.learner import create_body
+from fastai.vision.models.unet import DynamicUnet
+from fastai.vision.models.xresnet import xresnet18
 
 from fastai_bn.all import AccumulateGradBN
 
@@ -62,6 +65,10 @@ def conv_net(nf=4, nc=5, momentum=.1, seed=0):
     layers = [nn.Conv2d(3,nf,3), nn.BatchNorm2d(nf, momentum=momentum), nn.ReLU(),
               nn.Conv2d(nf,nf,3,padding=1), nn.BatchNorm2d(nf, momentum=momentum)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(nf,nc)).double()
+
+def small_unet(size):
+    "fastai's U-Net on a narrow xresnet18"
+    return DynamicUnet(create_body(xresnet18(widen=.25), n_in=3, pretrained=False, cut=-4), 2, size)
 
 def head_net(p=.3):
     "Dropout, and a head whose BatchNorm1d gets one value per sample"

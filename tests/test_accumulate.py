@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 from fastai.vision.all import (
     Adam, BCEWithLogitsLossFlat, BnFreeze, Callback, CancelBatchException, CancelEpochException, CancelFitException,
-    CancelTrainException, CrossEntropyLossFlat, CutMix, DataLoader, DataLoaders, DynamicUnet, EarlyStoppingCallback,
+    CancelTrainException, CrossEntropyLossFlat, CutMix, DataLoader, DataLoaders, EarlyStoppingCallback,
     FocalLossFlat, GradientAccumulation, GradientClip, MSELossFlat, MixUp, MixedPrecision, SGD, SaveModelCallback,
-    TfmdDL, accuracy, create_body, load_learner, noop, params, resnet18)
+    TfmdDL, accuracy, load_learner, noop, params)
 
 from fastai_bn.accumulate import *
 from helpers import (
     ADAM, F64, Boom, CPUScaler, Checkpointed, DoAt, Inputs, Norms, RaiseAt, assert_differ, assert_pristine, assert_same,
-    conv_net, counted_ce, do_fit, get_dls, get_learner, labels, mean_ce, reference_fit, rounding, snapshot, stand_ins,
-    tilted, windows_of)
+    conv_net, counted_ce, do_fit, get_dls, get_learner, labels, mean_ce, reference_fit, rounding, small_unet, snapshot,
+    stand_ins, tilted, windows_of)
 
 sgd_adam = pytest.mark.parametrize('opt_func', [SGD, Adam], ids=['sgd','adam'])
 
@@ -542,7 +542,7 @@ def test_activation_checkpointing_counts_once(reentrant):
 
 @pytest.mark.slow
 def test_unet():
-    m = DynamicUnet(create_body(resnet18(weights=None), cut=-2), 2, (32,32)).double()
+    m = small_unet((32,32)).double()
     ref = copy.deepcopy(m)
     xs = tilted(6, size=(32,32))
     ys = (xs.mean(1)>0).long()

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from fastai.vision.all import (
-    Adam, Callback, CancelBatchException, CrossEntropyLossFlat, CutMix, DataLoader, DataLoaders, Datasets, DynamicUnet,
+    Adam, Callback, CancelBatchException, CrossEntropyLossFlat, CutMix, DataLoader, DataLoaders, Datasets,
     EarlyStoppingCallback, GradientClip, MixUp, SGD, SaveModelCallback, TensorCategory, TensorImage, TfmdDL,
-    create_body, load_learner, noop, params, resnet18, set_seed)
+    load_learner, noop, params, set_seed)
 from fastai.callback.data import PartialDL
 from fastai.distributed import DistributedDL, DistributedTrainer
 
@@ -20,7 +20,8 @@ from fastai_bn.batches import BNBatches, join
 from helpers import (
     ADAM, Boom, CPUScaler, Checkpointed, DoAt, ItemOf, Norms, RaiseAt, Steps, assert_differ, assert_equal_states,
     assert_pristine, assert_same, assert_same_bits, assert_same_fit, conv_net, counted_ce, do_fit, fits, get_dls,
-    get_learner, head_net, labels, learner, mean_ce, one_cycle, reference_fit, shuffled, tilted, windows_of)
+    get_learner, head_net, labels, learner, mean_ce, one_cycle, reference_fit, shuffled, small_unet, tilted,
+    windows_of)
 
 class Half(DistributedDL):
     "One of two processes' share, without a process group"
@@ -126,7 +127,7 @@ def test_export_and_fit_on(tmp_path):
 def test_unet():
     def make():
         torch.manual_seed(0)
-        return DynamicUnet(create_body(resnet18(weights=None), cut=-2), 2, (32,32))
+        return small_unet((32,32))
     xs = tilted(12, size=(32,32)).float()
     ys = (xs.mean(1)>0).long()
     def fit(bs, *cbs):

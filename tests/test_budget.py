@@ -5,13 +5,14 @@ import pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from fastai.vision.all import (Callback, CancelBatchException, CrossEntropyLossFlat, DynamicUnet, GradientAccumulation,
-                               MixUp, create_body, load_learner, resnet18, set_seed)
+from fastai.vision.all import (Callback, CancelBatchException, CrossEntropyLossFlat, GradientAccumulation,
+                               MixUp, load_learner, set_seed)
 
 from fastai_bn.accumulate import *
 from fastai_bn.paging import ActivationPager
 from helpers import (Boom, CPUScaler, RaiseAt, assert_pristine, assert_same_fit, do_fit, fits, get_dls, get_learner,
-                     head_net, labels, learner, one_cycle, reference_fit, shuffled, snapshot, tilted, windows_of)
+                     head_net, labels, learner, one_cycle, reference_fit, shuffled, small_unet,
+                     snapshot, tilted, windows_of)
 
 pytestmark = pytest.mark.filterwarnings('ignore:A budget on the CPU', 'ignore:.*alone needs')
 
@@ -72,7 +73,7 @@ def test_unet():
     ys = (xs.mean(1)>0).long()
     def fit(bs, *cbs):
         set_seed(3)
-        model = DynamicUnet(create_body(resnet18(weights=None), cut=-2), 2, (64,64))
+        model = small_unet((64,64))
         learn = learner(get_dls(xs, ys, bs), model, cbs, loss_func=CrossEntropyLossFlat(axis=1), metrics=[])
         do_fit(learn, 1, 1e-3)
         return learn

@@ -41,6 +41,7 @@ MODES = dict(
     all=dict(bn_bs='window', micro_bs=3, budget=BUDGET),
     int_all=dict(bn_bs=8, micro_bs=3, budget=BUDGET))
 modes = pytest.mark.parametrize('mode', MODES)
+main_modes = pytest.mark.parametrize('mode', ['none','eight','window','all','int_all'])  # the others are parts of these
 N,BS,STEP = 32,4,4  # two windows of 16 in an epoch
 
 class Faulty(nn.Module):
@@ -205,7 +206,7 @@ def test_errors_in_model_loss_and_data(mode, exc):
 
 EVENTS = ['before_batch','after_pred','after_loss','before_backward','after_backward','before_step','after_batch']
 
-@modes
+@main_modes
 @pytest.mark.parametrize('exc,order', [(Boom,0), (Boom,20), (KeyboardInterrupt,0)])
 def test_errors_in_callbacks(mode, exc, order):
     before = traces()
@@ -219,7 +220,7 @@ def test_errors_in_callbacks(mode, exc, order):
 
 CANCELS = [CancelBatchException, CancelBackwardException, CancelStepException]
 
-@modes
+@main_modes
 @pytest.mark.parametrize('exc', CANCELS)
 def test_cancellations(mode, exc):
     "fastai takes them as it does; nothing is left, and the next fit is right"
@@ -235,7 +236,7 @@ def test_cancellations(mode, exc):
                 with outcome: do_fit(learn)
                 check(learn, mode, None, before)
 
-@modes
+@main_modes
 @pytest.mark.parametrize('exc', [CancelTrainException, CancelEpochException, CancelFitException])
 def test_a_window_that_is_cancelled_leaves_the_last_step(mode, exc):
     before = traces()

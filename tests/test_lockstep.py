@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18, resnet50
 from fastcore.foundation import L
 from fastai.callback.hook import Hook, hook_outputs
-from fastai.vision.all import (SGD, CrossEntropyLossFlat, DynamicUnet, MixUp, TensorImage, create_body, load_learner,
+from fastai.vision.all import (SGD, CrossEntropyLossFlat, MixUp, TensorImage, load_learner,
                                set_seed)
 
 from fastai_bn.accumulate import AccumulateGradBN
@@ -27,7 +27,7 @@ from fastai_bn.precise import PreciseBN, precise_bn
 from fastai_bn.threads import settings
 from fastai_bn.turns import LockStep
 from helpers import (AS_GOOD, Boom, CPUScaler, F64, RaiseAt, assert_pristine, assert_same, conv_net, do_fit, get_dls,
-                     get_learner, labels, learner, one_cycle, rounding, snapshot, tilted)
+                     get_learner, labels, learner, one_cycle, rounding, small_unet, snapshot, tilted)
 
 pytestmark = pytest.mark.filterwarnings('ignore:A budget on the CPU', 'ignore:.*alone needs')
 
@@ -77,7 +77,7 @@ def seeded(f):
         return f().double()
     return make
 
-unet = seeded(lambda: DynamicUnet(create_body(resnet18(weights=None), cut=-2), 2, (32,32)))
+unet = seeded(lambda: small_unet((32,32)))
 def net(conv, bn):
     return lambda: nn.Sequential(conv(3,8,3,padding=1), bn(8), nn.ReLU(),
                                  conv(8,8,3,padding=1), bn(8, momentum=None), nn.ReLU(inplace=True))
@@ -91,7 +91,7 @@ NETS = dict(
     conv3d=(seeded(net(nn.Conv3d, nn.BatchNorm3d)), (3,6,5,4)))
 
 @pytest.mark.slow
-@pytest.mark.parametrize('micro_bs', [1, 2, 3, 8])
+@pytest.mark.parametrize('micro_bs', [1, 3, 8])
 @pytest.mark.parametrize('name', NETS)
 def test_the_large_batch_to_rounding(name, micro_bs):
     make,size = NETS[name]
@@ -111,7 +111,7 @@ def smooth():
 def test_float32_is_as_good_as_the_large_batch():
     make = seeded(smooth)
     for seed in range(2):
-        x = tilted(16, size=(64,64), seed=seed)
+        x = tilted(16, size=(48,48), seed=seed)
         exact = run(m := make().train(), list(m.parameters()), x)
         large = run(m := make().float().train(), list(m.parameters()), x.float())
         for micro_bs in (1,3,8):
@@ -136,7 +136,7 @@ def test_float32_far_from_zero(offset):
 @pytest.mark.slow
 @pytest.mark.parametrize('share', [.5, .1, 0])
 def test_any_budget_is_no_budget(share):
-    m,x = DynamicUnet(create_body(resnet18(weights=None), cut=-2), 2, (64,64)).train(),tilted(8, size=(64,64)).float()
+    m,x = small_unet((64,64)).train(),tilted(8, size=(64,64)).float()
     lock,state = MicroBatched(m, 2),snapshot(m)
     def go(budget):
         m.load_state_dict(state)
@@ -540,12 +540,12 @@ def test_tensor_subclasses_keep_their_type():
 # The module
 
 def test_names_are_those_of_the_model():
-    m = DynamicUnet(create_body(resnet18(weights=None), cut=-2), 2, (32,32))
+    m = small_unet((32,32))
     lock = MicroBatched(m, 2)
     assert list(lock.state_dict()) == list(m.state_dict())
     assert [n for n,_ in lock.named_parameters()] == [n for n,_ in m.named_parameters()]
     assert list(bn_layers(lock)) == list(bn_layers(m)) and lock.layers is m.layers
-    other = DynamicUnet(create_body(resnet18(weights=None), cut=-2), 2, (32,32))
+    other = small_unet((32,32))
     assert lock.load_state_dict(other.state_dict())
     assert all(torch.equal(a, b) for a,b in zip(m.state_dict().values(), other.state_dict().values()))
     outer = nn.Sequential(nn.Identity(), MicroBatched(conv_net(), 2))

@@ -22,13 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 from fastai.torch_core import TensorImage
-from fastai.vision.learner import create_body
-from fastai.vision.models.unet import DynamicUnet
 
 from fastai_bn import copies as copying, forecast, mover, paging, reads, storages
 from fastai_bn.copies import parse_budget
 from fastai_bn.forecast import moved_bytes, Order, Step
 from fastai_bn.paging import ActivationPager
+from helpers import small_unet
 
 KB64 = 2**16
 METHODS = {k:vars(torch.Tensor).get(k) for k in reads._STAYS}  # of tensors, before any block
@@ -51,14 +50,10 @@ def resnet():
     blocks = Block(3,16,1), Block(16,32,2), nn.Dropout(.3), Block(32,32,1)
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32,4))
 
-def unet():
-    from torchvision.models import resnet18
-    return DynamicUnet(create_body(resnet18(weights=None), cut=-2), 2, (64,64))
-
 def make(name):
     torch.manual_seed(0)
     if name == 'resnet': return resnet().train(), torch.randn(8,3,32,32), torch.randint(0,4,(8,))
-    return unet().train(), torch.randn(2,3,64,64), torch.randint(0,2,(2,64,64))
+    return small_unet((64,64)).train(), torch.randn(2,3,64,64), torch.randint(0,2,(2,64,64))
 
 def step(m, x, y, pager=None, zero=True, seed=3):
     "Loss, gradients and buffers of one window"

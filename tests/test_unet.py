@@ -48,13 +48,15 @@ def fits(learn):
 
 # --- What is where
 
-@pytest.mark.parametrize('arch', [
-    resnet18, xres, partial(timm.create_model, 'efficientnet_b0'), partial(timm.create_model, 'resnet10t'),
+OTHERS = [partial(timm.create_model, 'efficientnet_b0'), partial(timm.create_model, 'resnet10t')]
+
+@pytest.mark.parametrize('arch,scope,ws', [
+    *[(a, *o) for a in (resnet18,xres) for o in SCOPES], *[(a, s, True) for a in OTHERS for s in ('all','decoder')],
 ])
-@pytest.mark.parametrize('scope,ws', SCOPES)
-def test_norms_are_where_the_scope_says(scope, ws, arch):
+def test_norms_are_where_the_scope_says(arch, scope, ws):
     dls = get_dls()
-    m = get_unet(dls, arch, scope=scope, ws=ws).model
+    learn = get_unet(dls, arch, scope=scope, ws=ws)
+    m = learn.model
     ref = get_unet(dls, arch, unet_learner).model
     enc,rest = m.layers[0],m.layers[1:]
     assert not bns(rest) and bool(gns(rest)) == (scope != 'none')
@@ -70,7 +72,7 @@ def test_norms_are_where_the_scope_says(scope, ws, arch):
     assert [type(o).__name__ for o in m.layers[2:]] == [type(o).__name__ for o in ref.layers[2:]]
     n_blocks = len([o for o in m.layers if isinstance(o, UnetBlock)])
     if scope != 'none': assert len(gns(rest)) == 1+2+4*n_blocks+1+2
-    fits(get_unet(dls, arch, scope=scope, ws=ws))
+    fits(learn)
 
 def test_num_groups():
     m = get_unet(get_dls(), resnet18, num_groups=4).model
@@ -118,7 +120,7 @@ def test_odd_sizes(scope, ws, size):
 @pytest.mark.parametrize('scope,ws', SCOPES)
 def test_batch_size_1(scope, ws):
     "A BN encoder needs more than one position at its end; GroupNorm does not"
-    fits(get_unet(get_dls(bs=1, size=(32,32) if scope == 'all' else (64,64)), resnet18, scope=scope, ws=ws))
+    fits(get_unet(get_dls(bs=1, size=(32,32) if scope == 'all' else (64,64)), scope=scope, ws=ws))
 
 def test_other_tasks():
     dls = get_dls()
@@ -161,7 +163,7 @@ def arch(tmp_path):
     f.state = m.state_dict()
     return f
 
-@pytest.mark.parametrize('scope,ws', SCOPES)
+@pytest.mark.parametrize('scope,ws', [('all',True), ('decoder',False), ('none',False)])
 def test_pretrained_weights_freezing_and_fine_tuning(arch, scope, ws):
     with warnings.catch_warnings(record=True) as rec:
         warnings.simplefilter('always')
@@ -230,7 +232,7 @@ def test_own_splitter_and_optimizer(arch):
 def test_summary_export_load_save(tmp_path, scope, ws):
     xs = torch.rand(4,3,32,32)
     dls = helpers.get_dls(xs, (xs[:,0] > .5).long(), 2)
-    learn = get_unet(dls, resnet18, scope=scope, ws=ws, path=tmp_path, metrics=Dice())
+    learn = get_unet(dls, scope=scope, ws=ws, path=tmp_path, metrics=Dice())
     assert 'GroupNorm' in str(learn.summary()) or scope == 'none'
     fits(learn)
     x = xs[:2]
