@@ -44,6 +44,7 @@ Modules:
 - `fastai_bn.precise`: `precise_bn`: population statistics of the final weights, not an average over changing ones
 - `fastai_bn.processes`: Which processes train together, over which of them BN normalises, and what they add up
 - `fastai_bn.reads`: `print(t)` is no operation: what reads a tensor's memory directly brings the tensor back first
+- `fastai_bn.refusals`: What happens when the device has no memory left: others leave, and the operation runs again
 - `fastai_bn.report`: How far off running statistics are, how noisy BatchNorm's batches are, and what to do about it
 - `fastai_bn.rows`: Centre and scale of each row of a matrix, precise at any offset, with NumPy's percentiles
 - `fastai_bn.samples`: The one place that knows what a sample is: batches are counted, cut and joined

@@ -37,16 +37,16 @@ def _is_share(n) -> bool: return isinstance(n, Real) and not isinstance(n, Integ
 
 # %% ../nbs/11_copies.ipynb #d98802c5
 def parse_budget(
-    budget:int|float|str|None, # Bytes (`2**30`, '1GiB', '500 MB'), a share of what is free (0 to 1), None: no limit
-) -> int|float|None: # Bytes as an int, or the share as a float, or None
+    budget:int|float|str|None, # Bytes (`2**30`, '1GiB', '500 MB'), a share of what is free, 'auto', None: no limit
+) -> int|float|str|None: # Bytes as an int, the share as a float, 'auto' or None
     "Turn a memory budget into a number. '1kB' is 1000 bytes, '1KiB' is 1024. Raises `ValueError` if it is not valid"
-    if budget is None: return None
+    if budget is None or budget == 'auto': return budget
     n = _bytes_of(budget) if isinstance(budget, str) else budget
     if _is_bytes(n): return int(n)
     if _is_share(n): return float(n)
     raise ValueError(
         "`budget` must be bytes as an int >= 1 or a string such as '6GiB' or '500MB', a float between 0 and 1 for that "
-        f"share of the free memory, or None for no limit, got {budget!r}")
+        f"share of the free memory, 'auto' for what the device has, or None for no limit, got {budget!r}")
 
 # %% ../nbs/11_copies.ipynb #ca3643f7
 def free_bytes(
@@ -62,9 +62,11 @@ class Budget:
         budget:int|float|str|None, # As for `parse_budget`
     ):
         self.value,self.limits = parse_budget(budget),{}
+        self.is_auto = self.value == 'auto'
 
     def on(self, device:torch.device) -> int|None: # Bytes; None: no limit
         "Tell the limit on `device`"
+        if self.is_auto: return self.limits.get(device)
         if not isinstance(self.value, float): return self.value
         if device not in self.limits: self.limits[device] = max(1, int(self.value*free_bytes(device)))
         return self.limits[device]

@@ -34,8 +34,10 @@ def tensors_in(
 
 # %% ../nbs/12a_mover.ipynb #d0af2705
 @cache
-def _tensor_args(func) -> list[tuple[int,str,bool]]:
-    "Arguments of `func` with tensors or storages: position, name, and whether they are written to"
+def tensor_args(
+    func, # An operator with a schema
+) -> list[tuple[int,str,bool]]:
+    "List arguments of `func` with tensors or storages: position, name, and whether they are written to"
     def written(a): return a.name.startswith('running_') or a.alias_info is not None and a.alias_info.is_write
     def has_memory(a): return 'Tensor' in str(a.type) or 'Storage' in str(a.type)
     args = enumerate(func._schema.arguments)
@@ -50,7 +52,7 @@ class Operation:
         self.ledger,self.func = ledger,func
         self.used,self.written,self.made = [],[],[]  # records, none of them foreign
         if isinstance(func, torch._ops.OpOverload):
-            for i,name,written in _tensor_args(func):
+            for i,name,written in tensor_args(func):
                 for t in tensors_in(args[i] if i < len(args) else kwargs.get(name)): self._use(t, written)
         else: self._use_all(tensors_in(list(tree_iter((args, kwargs)))))
         self.labels = tuple([rec.label for rec in self.used if rec.label >= 0])
@@ -144,6 +146,10 @@ class Mover:
             ledger.evict(rec)
             if ledger.resident + n <= ledger.limit: return
 
+    def let_all_leave(self):
+        "Let all leave that may"
+        for rec in self.victims(): self.ledger.evict(rec)
+
     def victims(self) -> list[Record]:
         "Sort who may leave, first to leave first: all but what the operation at hand uses, and what is being read"
         recs = [rec for rec in list(self.ledger.here.values()) if rec.last != self.ledger.now and not rec.holds]
@@ -176,7 +182,7 @@ class Mover:
                 rec = ledger.labels[label] if label < len(ledger.labels) else None
                 if rec is None or not rec.on_host or rec() is None: continue
                 room -= rec.nbytes
-                if room < 0: return
+                if room < 0 or ledger.resident + rec.nbytes > ledger.limit: return  # it may just have been lowered
                 ledger.load(rec)
             self.ahead += 1
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 
 import torch
@@ -41,6 +41,7 @@ from .copies import Budget, Copies, parse_budget
 from .forecast import Forecast, moved_bytes, Order, Step
 from .mover import Mover, Operation, return_all, tensors_in
 from .reads import reads, records_of
+from .refusals import LearnedLimit, Refusals
 from .storages import Ledger
 from .undo import insist
 
@@ -73,17 +74,21 @@ def _modes(kind) -> list:
 
 class _OpenBlock:
     "What the pager knows from the beginning of a `with` block to its end"
-    def __init__(self, copies:Copies, budget:Budget, before:Order|None):
+    def __init__(self, copies:Copies, budget:Budget, limit:LearnedLimit|None, before:Order|None):
         self.forecast = Forecast(before)
         self.ledger = Ledger(copies, budget, self.forecast)
         self.mover = Mover(self.ledger)
         self.lock,self.running = threading.RLock(),False  # while an operation runs nothing leaves
-        self.hook = None
+        self.hook,self.call = None,self._call
+        if limit is not None:
+            self.ledger.refusals = Refusals(self.mover, limit)
+            self.call = partial(self.ledger.refusals.run, self._call)
 
     def open(self):
         "Begin to see calls of modules, and reads past all modes"
         self.hook = register_module_forward_pre_hook(self.ledger.model.note_call)
         reads.open(self)
+        if self.ledger.refusals is not None: self.ledger.refusals.others = bool(_modes(TorchDispatchMode))
         if _modes(FakeTensorMode): self.ledger.use_device(torch.device('meta'))
 
     def run(self, func, args:tuple, kwargs:dict): # The operation with its records; what it returned
@@ -91,7 +96,7 @@ class _OpenBlock:
         op = Operation(self.ledger, func, args, kwargs)
         growth = self.forecast.follow(func, op.labels, op.writes, self.ledger.alive)
         self.mover.bring(op, growth)
-        with _lazy_views(): out = self._call(func, args, kwargs)
+        with _lazy_views(): out = self.call(func, args, kwargs)
         op.count(out)
         self.mover.look_ahead(op)
         return op,out
@@ -110,6 +115,7 @@ class _OpenBlock:
     def close(self):
         "Bring everything back and let go of it"
         if self.hook is not None: self.hook.remove()
+        if self.ledger.refusals is not None: self.ledger.refusals.close()
         try: return_all(self.ledger)
         finally: reads.close(self)
 
@@ -142,7 +148,7 @@ class _Warnings:
         "Warn after a block of which the most demanding operation needed `need` bytes, or would have fitted with `rows`"
         if ledger.model.compiled:
             self.once('compiled', "A compiled model was called within an ActivationPager: it runs uncompiled there")
-        if ledger.limit is None: return
+        if ledger.limit is None or ledger.budget.is_auto: return
         if ledger.device.type == 'cpu': self.once(
             'cpu', "A budget on the CPU saves nothing: what leaves stays in the same memory. It is for tests only")
         if need > ledger.limit: self.once('need', _too_large(need, need_op, ledger.limit, rows))
@@ -172,7 +178,7 @@ class ActivationPager(TorchDispatchMode):
     Raises `MemoryError` if there is no room on the host; nothing is lost."""
     supports_higher_order_operators = True
     def __init__(self,
-        budget:int|float|str|None, # Bytes (`2**30`, '6GiB', '500MB'), a share of what is free, None: only count
+        budget:int|float|str|None, # Bytes (`2**30`, '6GiB'), a share of what is free, 'auto', None: only count
         *,
         copies:Copies|None=None,   # Who copies; None: this machine, and not a virtual device
     ):
@@ -180,6 +186,8 @@ class ActivationPager(TorchDispatchMode):
         self.budget,self.order = budget,None          # `order`: what the last block did
         self.peak,self.need,self.need_op = 0,0,None   # bytes on the device, at most; of the most demanding operation
         self._budget,self._copies,self._block = Budget(budget),copies or Copies(),None
+        self._learned = LearnedLimit(self._budget) if self._budget.is_auto else None
+        self._device = None  # of the last block
         self._warnings,self._rows = _Warnings(),math.inf  # the rows of operations that would have fitted
 
     def __enter__(self):
@@ -188,7 +196,7 @@ class ActivationPager(TorchDispatchMode):
             "another")
         _refuse_mutation()
         try:
-            self._block = _OpenBlock(self._copies, self._budget, self.order if self._budget.value else None)
+            self._block = _OpenBlock(self._copies, self._budget, self._learned, self.order if self._budget.value else None)
             self._block.open()
             return super().__enter__()
         except BaseException:
@@ -216,23 +224,39 @@ class ActivationPager(TorchDispatchMode):
         "Take note of what an operation needed. Called after each, for those who measure more to extend"
         if ledger.resident > self.peak: self.peak = ledger.resident
         need = op.need()
+        if need > ledger.floor: ledger.floor = need
         if need > self.need: self.need,self.need_op = need,op.func
-        if ledger.limit is not None and need > ledger.limit:
+        if ledger.limit is None or need <= ledger.limit: return
+        if self._learned is not None: self._learned.set(ledger, need)
+        else:
             self._rows = min(self._rows, _rows_that_fit(ledger, need, tensors_in(list(tree_iter(trees)))))
 
     def _close(self) -> _OpenBlock:
         "Leave nothing behind. After an interrupt it is called again"
         block = self._block
-        if block is not None: block.close()
+        if block is not None:
+            block.close()
+            self._device = block.ledger.device
         self._block = None
         return block
 
     def _learn(self, block:_OpenBlock):
         "Make the block just closed the forecast for the next one; say once what went wrong in it"
         self.order = block.forecast.learned()
+        if self._learned is not None: self._learned.end_block(block.ledger, self.order)
         self._warnings.after(block.ledger, self.need, self.need_op, self._rows)
 
     def __reduce__(self): return type(self),(self.budget,)
+
+    @property
+    def limit(self) -> int|None: # Bytes
+        "How much may be on the device. With 'auto' it is what has been learned; None: nothing yet"
+        return None if self._device is None else self._budget.on(self._device)
+
+    @property
+    def refused(self) -> int:
+        "How often the device refused memory, with 'auto'"
+        return 0 if self._learned is None else self._learned.refused
 
     @property
     def host_peak(self) -> int: # Bytes

@@ -14,6 +14,7 @@ Docs: https://fastai-bn.github.io/fastai_bn/storages.html.md"""
 from __future__ import annotations
 import weakref
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import nn, Tensor
@@ -107,7 +108,8 @@ class Ledger:
         self.recs,self.labels,self.here = {},[],{}    # by address; by label; by label what could leave
         self.resident = self.alive = self.pinned = 0  # bytes on the device; with those on the host; that cannot leave
         self.now = self.known = 0                     # operations so far; labels before the one at hand
-        self.device = self.limit = None
+        self.floor = 0                                # bytes that one operation needed, at most
+        self.device = self.limit = self.refusals = None
         self.model = Model(self)
 
     def find(self, t:Tensor|torch.UntypedStorage) -> Record:
@@ -181,7 +183,9 @@ class Ledger:
     def load(self, rec:Record):
         "Begin to bring back `rec` if it is away. Its copy is kept"
         if not rec.on_host or (st := rec()) is None: return
-        st.resize_(rec.nbytes)
+        grow = partial(st.resize_, rec.nbytes)
+        if self.refusals is None: grow()
+        else: self.refusals.attempt(grow)
         rec.event = self.copies.start(st, rec.host, rec.nbytes)
         rec.on_host = False
         self.resident += rec.nbytes
