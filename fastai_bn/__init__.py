@@ -52,6 +52,7 @@ Modules:
 - `fastai_bn.storages`: Who is on the device, and how many bytes that is
 - `fastai_bn.threads`: What a thread is set to, and how to set it back for a while
 - `fastai_bn.tracker`: Every operation belongs to a layer, in the backward pass, too
+- `fastai_bn.tries`: A window that does not fit although nothing else is on the device runs once more, in lock step
 - `fastai_bn.turns`: Micro-batches that run side by side and wait for each other: `LockStep`
 - `fastai_bn.undo`: Stand in for somebody's method, and put it back whatever happens
 - `fastai_bn.unet`: `gn_unet_learner`: fastai's `unet_learner` with GroupNorm everywhere, or in the decoder alone

@@ -26,6 +26,7 @@ Docs: https://fastai-bn.github.io/fastai_bn/accumulate.html.md"""
 from __future__ import annotations
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from traceback import clear_frames
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +35,13 @@ from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import LRFinder
 
-from .batches import is_count, n_samples
+from .batches import is_count, n_samples, size_of
+from .copies import Budget
 from .epochs import WindowedEpochs
 from .lockstep import run_in_pieces
 from .paging import ActivationPager
+from .refusals import advised, is_refusal
+from .tries import BeforeWindow, Kept, Pieces
 from .undo import instead
 
 # %% auto #0
@@ -71,14 +75,45 @@ class _WindowedBatches(WindowedEpochs):
         learn = self.learn
         if learn is None or self.window is None or not learn.training: return do(*args)
         self._check_model()
-        w,model = self.window,learn.model
+        if self.micro_bs == 'auto': self._run_twice(do, *args)
+        else: self._run(do, *args)
+
+    def _run(self, do, *args, may_fail=lambda: False) -> bool: # Is it done?
+        "Run a batch. Where it `may_fail()` for want of memory, nothing of it is left then"
+        w,model,b = self.window,self.learn.model,None
         name = '_compiled_call_impl' if getattr(model, '_compiled_call_impl', None) is not None else 'forward'
-        with w.begin(self.is_last()), instead(model, name, self._forward): do(*args)
+        try:
+            with w.begin(self.is_last()) as b, instead(model, name, self._forward): do(*args)
+        except RuntimeError as e:
+            if b is None or not b.paged or b.backward == 'done' or not is_refusal(e): raise
+            if not may_fail(): raise advised(e)
+            clear_frames(e.__traceback__)
+            return False
+        return True
+
+    def _run_twice(self, do, i:int, batch):
+        "Run a batch, and if one operation is too large for the device once more, in lock step"
+        learn,ranks,n = self.learn,self.window.ranks,size_of(batch, self.plan.n_inp, self.batches.bs)
+        self.pieces.plan(learn, ranks, batch, n)
+        if self._kept is None or self._kept.model is not learn.model: self._kept = Kept(learn.model)
+        before = BeforeWindow(self._kept, self._params, batch, [cb for cb in learn.cbs if cb is not self])
+        can_shrink = min(self.pieces.size or n, n) > 1 and not ranks.wait()
+        if self._run(do, i, batch, may_fail=lambda: can_shrink and before.is_intact()): return
+        learn.pred = learn.loss_grad = learn.loss = None  # activations
+        self.window.drop()  # once more, now that there is memory
+        before.put_back()
+        self.pieces.shrink(n)
+        self._run(do, i, batch)
 
     def is_last(self) -> bool:
         "Tell whether the window ends with the BN batch at hand"
         if self.bn_bs is not None: return self.batches.last
         return self.window.count+1 >= self.n_step or (self.last == 'step' and self.batches.last)
+
+    @property
+    def piece(self) -> int|None:
+        "Samples that operations see at once; None: all"
+        return self.pieces.size if self.micro_bs == 'auto' else self.micro_bs
 
     def backing(self):
         "Enter the window's `backward` around `Learner._backward`"
@@ -100,10 +135,10 @@ class _WindowedBatches(WindowedEpochs):
         model,w = self.learn.model,self.window
         if w is None or not model.training: return forward(*args, **kwargs)
         with w.forward(args, kwargs, self.xb, self.yb):
-            if self.micro_bs is None: pred = forward(*args, **kwargs)
+            if self.piece is None: pred = forward(*args, **kwargs)
             else:
                 n = self.n_samples(args, kwargs)
-                pred = run_in_pieces(forward, get_model(model), self.micro_bs, args, kwargs, n)
+                pred = run_in_pieces(forward, get_model(model), self.piece, args, kwargs, n)
         if self.pager is not None: self.pager.pin(pred)
         return pred
 
@@ -148,8 +183,8 @@ class AccumulateGradBN(_WindowedBatches):
         bn_bs=None,      # Samples per BN batch. None: the micro-batch; 'window': all; int: a divisor of `n_step*bs`
         weight=None,     # Callable `(pred, *yb) -> number`, the loss's denominator. None: `loss_denominator`
         last:str='step', # The short last window of an epoch: 'step' (with its own mean) or 'drop'
-        budget=None,     # Device memory for activations: bytes, '6GiB', or a share (below 1) of what is free. None: all
-        micro_bs=None,   # Samples that operations see at once, as with `MicroBatched`. None: the BN batch in one piece
+        budget=None,     # Device memory for activations: 'auto', bytes, '6GiB', a share (below 1) of what is free, None
+        micro_bs=None,   # Samples that operations see at once, as with `MicroBatched`; 'auto': what fits. None: all
     ):
         _check_counts(n_step, bn_bs, micro_bs)
         if weight is not None and not callable(weight): raise ValueError(
@@ -158,7 +193,9 @@ class AccumulateGradBN(_WindowedBatches):
             f"`last` must be 'step' or 'drop', got {last!r}. It says what the short last window of an epoch does")
         self.n_step,self.bn_bs,self.weight = int(n_step),bn_bs,weight
         self.last,self.budget,self.micro_bs = last,budget,micro_bs
+        if micro_bs == 'auto' and budget is None: budget = 'auto'
         self.pager = None if budget is None else ActivationPager(budget)
+        self.pieces = Pieces(Budget(budget))
         self._warned = self._skipped = False
 
     def bn_batch_size(self) -> int|None: # None where the DataLoader does not say
@@ -201,7 +238,8 @@ class AccumulateGradBN(_WindowedBatches):
         else: w.forget()
 
     def before_fit(self):
-        "Let `lr_find` make `num_it` optimizer steps"
+        "Plan anew what fits, and let `lr_find` make `num_it` optimizer steps"
+        self.pieces.is_planned = False
         finder = next((cb for cb in self.learn.cbs if isinstance(cb, LRFinder)), None)
         if finder is not None and 'n_step' not in vars(finder): _plan_lr_find(self, finder)
 
@@ -217,9 +255,12 @@ def _check_counts(n_step, bn_bs, micro_bs):
     if not _is_count_or(bn_bs, 'window'): raise ValueError(
         f"`bn_bs` must be an integer >= 1, 'window' or None, got {bn_bs!r}. It is a number of samples; None "
         "is the micro-batch as it comes")
-    if not _is_count_or(micro_bs): raise ValueError(
-        f"`micro_bs` must be an integer >= 1 or None, got {micro_bs!r}. It is a number of samples; None "
+    if not _is_count_or(micro_bs, 'auto'): raise ValueError(
+        f"`micro_bs` must be an integer >= 1, 'auto' or None, got {micro_bs!r}. It is a number of samples; None "
         "is the BN batch in one piece")
+    if micro_bs == 'auto' and bn_bs != 'window': raise ValueError(
+        f"`micro_bs` must be an integer >= 1 or None with bn_bs={bn_bs!r}, got 'auto': a window can be undone and run "
+        "again if it is one BN batch. Use bn_bs='window', or give a number of samples")
 
 # %% ../nbs/05_accumulate.ipynb #662d94d3
 def _plan_lr_find(cb:AccumulateGradBN, finder:LRFinder):

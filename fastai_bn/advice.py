@@ -190,11 +190,11 @@ def _check(n_step):
     if not is_count(n_step): raise ValueError(
         f"`n_step` must be an integer >= 1, got {n_step!r}. It is a number of micro-batches")
 
-def _precision(learn:Learner):
+def precision_of(learn:Learner):
     "Tell how forward passes run in a fit"
     return mixed_precision if any(isinstance(cb, MixedPrecision) for cb in learn.cbs) else nullcontext
 
-def _weights(learn:Learner, model:nn.Module, fakes) -> int:
+def learner_weights(learn:Learner, model:nn.Module, fakes) -> int: # Bytes
     "Count the weights with the state of the learner's optimizer, or say that it is not known"
     try: return weights_bytes(model, fakes, partial(learn.opt_func, lr=learn.lr))
     except CannotPlan as e:
@@ -221,13 +221,13 @@ def memory_plan(self:Learner,
     Raises `ValueError` for arguments out of range and what `memory_plan` refuses."""
     _check(n_step)
     card,model,data = card and find_card(card),get_model(self.model),_Data(self, n_step)
-    memory,run = _memory(memory, card, model),partial(run_in_window, cast=_precision(self))
+    memory,run = _memory(memory, card, model),partial(run_in_window, cast=precision_of(self))
     real = _on_device(model, self.loss_func, data, run)
     with planned(model, self.loss_func) as fakes:
         model.train()
         micro,whole = data.fake(fakes)
         windows = CountedWindows(model, self.loss_func, fakes, card, run, keep_grads=True)
-        weights = _weights(self, model, fakes)
+        weights = learner_weights(self, model, fakes)
         accumulated = windows.row('accumulated', *micro, n_step=n_step)
         search = _Search(windows, *whole, n_step*data.bs, None)
         if memory is not None: search.usable = int((memory*(1-MARGIN) - weights)/_ratio(real, accumulated['peak']))

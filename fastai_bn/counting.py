@@ -62,6 +62,7 @@ def precision():
 
 # %% ../nbs/72a_counting.ipynb #ba66e397
 WINDOWS = 5  # until then the order of operations has settled
+PIECES = 6   # sizes of pieces to try
 
 class CountedWindows:
     "Run windows of `model` on tensors without memory, and count"
@@ -110,6 +111,23 @@ class CountedWindows:
             return clock.finish()-begin if clock else math.nan
 
 # %% ../nbs/72a_counting.ipynb #6eb10452
+def largest_piece(
+    floor,      # Callable of samples per piece: bytes that an operation needs
+    n:int,      # Samples in all
+    usable:int, # Bytes
+) -> int|None: # Samples; None: not even one fits
+    "Find the largest pieces whose operations fit, in few tries: most take in proportion to their samples"
+    lo,hi,at_lo,at_hi = 0,n,0,floor(n)
+    if at_hi <= usable: return n
+    for i in range(n):
+        if hi-lo == 1 or lo and i >= PIECES: break
+        k = lo + int((hi-lo)*max(0, usable-at_lo)/(at_hi-at_lo)) if at_hi > at_lo else lo
+        k = min(max(k, lo+1), hi-1)
+        found = floor(k)
+        if found <= usable: lo,at_lo = k,found
+        else: hi,at_hi = k,found
+    return lo or None
+
 def n_bytes(
     trees, # Tensors, also within tuples, lists and dicts
 ) -> int:

@@ -129,7 +129,7 @@ def _as_in_training(learn:Learner, bn_bs:int|None, budget) -> dict:
     if bn_bs is None:
         if budget is None and cb is not None and cb.bn_bs is not None: budget = cb.budget
         bn_bs = _bn_bs(learn, cb)
-    return dict(bn_bs=bn_bs, budget=budget, micro_bs=None if cb is None else cb.micro_bs)
+    return dict(bn_bs=bn_bs, budget=budget, micro_bs=None if cb is None else cb.piece)
 
 # %% ../nbs/32_precise.ipynb #5fc25ab1
 def _precision(learn:Learner):

@@ -90,6 +90,11 @@ class Ranks:
         group = self.model.process_group
         return self.all_reduced(x, group, dist.ReduceOp.SUM),dist.get_world_size(group)
 
+    def least(self, x:float) -> float:
+        "Get the least `x` of the processes that train together"
+        group = self.model.process_group if self.is_distributed else self.sync_group()
+        return x if group is None else self.all_reduced(x, group, dist.ReduceOp.MIN)
+
     def largest(self, x:float) -> float:
         "Get the largest `x` of the processes over which `SyncBatchNorm` normalises"
         group = self.sync_group()

@@ -22,7 +22,7 @@ from .mover import Mover, tensor_args, tensors_in
 from .storages import Ledger, plain
 
 # %% auto #0
-__all__ = ['CALM', 'is_refusal', 'LearnedLimit', 'Refusals']
+__all__ = ['CALM', 'is_refusal', 'LearnedLimit', 'advised', 'Refusals']
 
 # %% ../nbs/12c_refusals.ipynb #d4cf513c
 _STATUS = 'CUBLAS_STATUS_ALLOC_FAILED','CUDNN_STATUS_ALLOC_FAILED'
@@ -115,8 +115,13 @@ class LearnedLimit:
         self.set(ledger, None if limit >= most else limit)
 
 # %% ../nbs/12c_refusals.ipynb #a54ad8c6
-_ALONE = ("It was refused again when all that was not in use had left the device: one operation by itself is too large. "
-          "Lock step makes operations smaller: micro_bs='auto' in AccumulateGradBN, or MicroBatched(model, micro_bs)")
+_ADVICE = ("One operation is too large for what is free on the device. Operations are smaller in lock step "
+           "(micro_bs='auto' in AccumulateGradBN, or MicroBatched with a smaller micro_bs), or with smaller inputs")
+
+def advised(e:BaseException) -> BaseException: # The same
+    "Have the error of a refusal say what helps"
+    if _ADVICE not in str(e): e.args = (f'{e}\n{_ADVICE}',)
+    return e
 
 def _empty_cache(device:torch.device|None):
     "Have PyTorch give back what it holds in reserve on `device`, for those who ask the driver"
@@ -153,8 +158,7 @@ class Refusals:
         except RuntimeError as e:
             if not is_refusal(e): raise
             if before is not None: before.put_back()
-            e.args = (f'{e}\n{_ALONE}',)
-            raise
+            raise advised(e)
 
     def let_leave(self):
         "Let all that is not in use leave"

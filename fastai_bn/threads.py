@@ -75,3 +75,27 @@ def set_to(found:Settings):
             _SAVED.pop()
             stack.callback(_SAVED.push, *top)
         yield
+
+# %% ../nbs/20a_threads.ipynb #4f3edaca
+def _depth() -> int:
+    "Count the autocast contexts that this thread is in"
+    n = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return n-1
+
+class ThreadNow:
+    "What this thread is set to now"
+    def __init__(self): self.found,self.depth = settings(),_depth()
+
+    def put_back(self):
+        "Set it to that again: contexts that were entered since and never left are forgotten"
+        found = self.found
+        torch.set_grad_enabled(found.grad)
+        for d,(dtype,is_on) in found.casts.items():
+            torch.set_autocast_dtype(d, dtype)
+            torch.set_autocast_enabled(d, is_on)
+        torch.set_autocast_cache_enabled(found.cache)
+        for _ in range(_depth()-self.depth): torch.autocast_decrement_nesting()
+        if not self.depth: torch.clear_autocast_cache()
+        for modes,before in zip(_MODES, found.modes):
+            for _ in modes.look()[len(before):]: modes.pop()

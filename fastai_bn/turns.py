@@ -79,10 +79,10 @@ def _refill(c, values):
     else: c.update(values)
 
 class PerBatchState:
-    "What forward passes of `model` keep in Python objects, for each of `n` micro-batches by itself"
-    def __init__(self, model:nn.Module, n:int):
+    "What forward passes of `model` keep in Python objects, and in `others`, for each of `n` micro-batches by itself"
+    def __init__(self, model:nn.Module, n:int, others=()):
         self.modules = list(model.modules())
-        values = [v for m in self.modules for v in _keepers(m)]
+        values = [*others, *[v for m in self.modules for v in _keepers(m)]]
         attrs = [d for v in values for d in _attrs(v)]
         self.own = [vars(m) for m in self.modules]
         self.shared = list(_containers([*values, *attrs], {}).values())
@@ -97,6 +97,11 @@ class PerBatchState:
         self.now = i
         for m,d in zip(self.modules, self.attrs[i]): object.__setattr__(m, '__dict__', d)
         for c,values in zip(self.shared, self.contents[i]): _refill(c, values)
+
+    def put_back(self):
+        "Have everything be what it was at the beginning. For what no micro-batch ran in by itself"
+        for m,d in zip(self.modules, self.attrs[0]): _refill(vars(m), d)
+        for c,values in zip(self.shared, self.contents[0]): _refill(c, values)
 
     def close(self):
         "Put everything in its own place again, as the one that runs now left it"

@@ -223,7 +223,7 @@ class Window:
         b = self.batch = MicroBatch(last)
         self.passes.begin(native=self.n == 1)
         try:
-            with b.held, self.ranks.micro_batch(last, b.preds), self.passes.diverting(): yield
+            with b.held, self.ranks.micro_batch(last, b.preds), self.passes.diverting(): yield b
         finally:
             if b.added: self.passes.gather()
             elif b.backward: self.drop()

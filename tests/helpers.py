@@ -78,6 +78,20 @@ def head_net(p=.3):
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(8), nn.Dropout(p), nn.Linear(8,5)]
     return nn.Sequential(*body, *head)
 
+def wide(p=.3):
+    "As `head_net`, with storages that are large enough to be moved"
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3,16,3,padding=1,bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout2d(p),
+        nn.Conv2d(16,16,3,padding=1), nn.BatchNorm2d(16, momentum=None), nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(16), nn.Dropout(p), nn.Linear(16,5))
+
+def wide_dls(n, bs, drop_last=False):
+    "Shuffled batches for `wide`"
+    xs,ys = tilted(n, size=(16,16)).float(),labels(n)
+    train = get_dls(xs, ys, bs, shuffle=True, drop_last=drop_last).train
+    return DataLoaders(train, get_dls(xs[:10], ys[:10], 5).train, device='cpu')
+
 class Norms(nn.Module):
     "BN layers to freeze, without running statistics, unused, used twice, and without parameters"
     def __init__(self):

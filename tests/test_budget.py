@@ -12,23 +12,9 @@ from fastai_bn.accumulate import *
 from fastai_bn.paging import ActivationPager
 from helpers import (Boom, CPUScaler, RaiseAt, assert_pristine, assert_same_fit, do_fit, fits, get_dls, get_learner,
                      head_net, labels, learner, one_cycle, reference_fit, shuffled, small_unet,
-                     snapshot, tilted, windows_of)
+                     snapshot, tilted, wide, wide_dls, windows_of)
 
 pytestmark = pytest.mark.filterwarnings('ignore:A budget on the CPU', 'ignore:.*alone needs')
-
-def wide(p=.3):
-    "As `head_net`, with storages that are large enough to be moved"
-    torch.manual_seed(1)
-    return nn.Sequential(
-        nn.Conv2d(3,16,3,padding=1,bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout2d(p),
-        nn.Conv2d(16,16,3,padding=1), nn.BatchNorm2d(16, momentum=None), nn.ReLU(inplace=True),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(16), nn.Dropout(p), nn.Linear(16,5))
-
-def wide_dls(n, bs, drop_last=False):
-    from fastai.vision.all import DataLoaders
-    xs,ys = tilted(n, size=(16,16)).float(),labels(n)
-    train = get_dls(xs, ys, bs, shuffle=True, drop_last=drop_last).train
-    return DataLoaders(train, get_dls(xs[:10], ys[:10], 5).train, device='cpu')
 
 @pytest.fixture(scope='module')
 def peak():
