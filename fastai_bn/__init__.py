@@ -6,7 +6,7 @@
 # one optimizer step, and one update of the running statistics, for 16 micro-batches
 learn = Learner(dls, model, cbs=AccumulateGradBN(n_step=16))
 # BN over all 16: the large batch itself, in 6 GiB of activations
-learn = Learner(dls, model, cbs=AccumulateGradBN(n_step=16, bn_bs='window', budget='6GiB'))
+learn = Learner(dls, model, cbs=AccumulateGradBN(n_step=16, bn_bs='window', budget='auto'))
 # population statistics instead of a moving average
 learn.precise_bn()
 ```

@@ -10,8 +10,9 @@ the moments of 2.
 ```python
 AccumulateGradBN(n_step=16)                                 # the optimizer's batch: 16 micro-batches
 AccumulateGradBN(n_step=16, bn_bs='window')                 # BN over the window: the large batch, bit for bit
-AccumulateGradBN(n_step=16, bn_bs='window', budget='6GiB')  # the same in 6 GiB of activations
-AccumulateGradBN(n_step=16, bn_bs='window', budget='1GiB', micro_bs=2)  # where one operation is too large for that
+AccumulateGradBN(n_step=16, bn_bs='window', budget='auto')  # the same in what memory the device has
+AccumulateGradBN(n_step=16, bn_bs='window', budget='6GiB')  # in 6 GiB of activations
+AccumulateGradBN(n_step=16, bn_bs='window', budget='auto', micro_bs='auto')  # where one operation may be too large
 AccumulateGradBN(n_step=16, bn_bs=8)                        # BN over 8 samples, whatever the DataLoader's batch is
 ```
 

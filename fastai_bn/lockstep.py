@@ -13,7 +13,8 @@ with ActivationPager('1GiB'):            # optional: a budget for what waits
 ```
 
 The prediction, the loss, the gradients and the running statistics are those of the whole batch, exact to rounding. In a
-`Learner` it is `AccumulateGradBN(n_step=16, bn_bs='window', micro_bs=2, budget='1GiB')`.
+`Learner` it is `AccumulateGradBN(n_step=16, bn_bs='window', micro_bs=2, budget='1GiB')`, or `micro_bs='auto'`, which
+finds the largest pieces that fit.
 
 **Use it** with a budget, when the pager warns that one operation needs more than all of it; the warning says which
 `micro_bs` would do. **Do without** if the large batch fits, paged or not: you then get the same bits instead of

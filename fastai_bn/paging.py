@@ -5,12 +5,14 @@ the device works on a few of them. `ActivationPager` sees every operation of for
 in use wait in host memory:
 
 ```python
-with ActivationPager('6GiB'):
+pager = ActivationPager('auto')      # or a number: '6GiB'
+with pager:                          # in each window the same pager: it learns
     loss = loss_func(model(xb), yb)
     loss.backward()
 ```
 
-Nothing is approximated or recomputed: the same kernels run on the same bytes in the same order, so the gradients are
+With `'auto'` nothing moves while the device has room, and when it has none left, that costs time and nothing else. With
+a number the pager keeps to it. Nothing is approximated or recomputed: the same kernels run on the same bytes in the same order, so the gradients are
 *equal*, at any budget. The price is copying. The floor is the largest single operation, whose tensors have to be there
 together (`MicroBatched` goes below it, exact to rounding).
 
@@ -72,23 +74,29 @@ def _modes(kind) -> list:
     "List the dispatch modes of a kind that are active"
     return [o for o in _get_current_dispatch_mode_stack() if isinstance(o, kind)]
 
+def _refuse_others(block):
+    "Raise `RuntimeError` where `block` or another pager's is open, and within `allow_mutation_on_saved_tensors`"
+    _refuse_mutation()
+    if block is not None or _modes(ActivationPager): raise RuntimeError(
+        "An ActivationPager is active already, and two cannot share a device. Leave its block before you enter another")
+
 class _OpenBlock:
     "What the pager knows from the beginning of a `with` block to its end"
     def __init__(self, copies:Copies, budget:Budget, limit:LearnedLimit|None, before:Order|None):
-        self.forecast = Forecast(before)
+        self.forecast = Forecast(before if budget.value else None)
         self.ledger = Ledger(copies, budget, self.forecast)
         self.mover = Mover(self.ledger)
         self.lock,self.running = threading.RLock(),False  # while an operation runs nothing leaves
-        self.hook,self.call = None,self._call
-        if limit is not None:
-            self.ledger.refusals = Refusals(self.mover, limit)
-            self.call = partial(self.ledger.refusals.run, self._call)
+        self.hook,self.call,self.refusals = None,self._call,None
+        if limit is None: return
+        self.refusals = Refusals(self.mover, limit)
+        self.call,self.ledger.attempt = partial(self.refusals.run, self._call),self.refusals.attempt
 
     def open(self):
         "Begin to see calls of modules, and reads past all modes"
         self.hook = register_module_forward_pre_hook(self.ledger.model.note_call)
         reads.open(self)
-        if self.ledger.refusals is not None: self.ledger.refusals.others = bool(_modes(TorchDispatchMode))
+        if self.refusals is not None: self.refusals.others = bool(_modes(TorchDispatchMode))
         if _modes(FakeTensorMode): self.ledger.use_device(torch.device('meta'))
 
     def run(self, func, args:tuple, kwargs:dict): # The operation with its records; what it returned
@@ -115,7 +123,7 @@ class _OpenBlock:
     def close(self):
         "Bring everything back and let go of it"
         if self.hook is not None: self.hook.remove()
-        if self.ledger.refusals is not None: self.ledger.refusals.close()
+        if self.refusals is not None: self.refusals.close()
         try: return_all(self.ledger)
         finally: reads.close(self)
 
@@ -171,10 +179,9 @@ def _too_large(need:int, op, limit:int, rows:float) -> str:
 class ActivationPager(TorchDispatchMode):
     """Keep the activations of any forward and backward within a budget of device memory, with the same bits as result.
 
-    Peak memory can exceed the budget by one operation's output.
-    Raises `ValueError` if `budget` is not valid.
-    Raises `RuntimeError` within another pager or PyTorch's `allow_mutation_on_saved_tensors`, and if what returns at
-    the end of the block does not fit on the device.
+    Peak memory can exceed a budget in bytes by one operation's output. With 'auto' it is what the device has.
+    Raises `ValueError` if `budget` is not valid, `RuntimeError` within another pager or PyTorch's
+    `allow_mutation_on_saved_tensors`, and if what returns at the end of the block does not fit on the device.
     Raises `MemoryError` if there is no room on the host; nothing is lost."""
     supports_higher_order_operators = True
     def __init__(self,
@@ -183,20 +190,16 @@ class ActivationPager(TorchDispatchMode):
         copies:Copies|None=None,   # Who copies; None: this machine, and not a virtual device
     ):
         super().__init__()
-        self.budget,self.order = budget,None          # `order`: what the last block did
-        self.peak,self.need,self.need_op = 0,0,None   # bytes on the device, at most; of the most demanding operation
+        self.budget,self.order,self.limit = budget,None,None  # what the last block did; its limit, given or learned
+        self.peak,self.need,self.need_op = 0,0,None  # bytes on the device, at most; of the most demanding operation
         self._budget,self._copies,self._block = Budget(budget),copies or Copies(),None
         self._learned = LearnedLimit(self._budget) if self._budget.is_auto else None
-        self._device = None  # of the last block
         self._warnings,self._rows = _Warnings(),math.inf  # the rows of operations that would have fitted
 
     def __enter__(self):
-        if self._block is not None or _modes(ActivationPager): raise RuntimeError(
-            "An ActivationPager is active already, and two cannot share a device. Leave its block before you enter "
-            "another")
-        _refuse_mutation()
+        _refuse_others(self._block)
         try:
-            self._block = _OpenBlock(self._copies, self._budget, self._learned, self.order if self._budget.value else None)
+            self._block = _OpenBlock(self._copies, self._budget, self._learned, self.order)
             self._block.open()
             return super().__enter__()
         except BaseException:
@@ -224,11 +227,9 @@ class ActivationPager(TorchDispatchMode):
         "Take note of what an operation needed. Called after each, for those who measure more to extend"
         if ledger.resident > self.peak: self.peak = ledger.resident
         need = op.need()
-        if need > ledger.floor: ledger.floor = need
         if need > self.need: self.need,self.need_op = need,op.func
-        if ledger.limit is None or need <= ledger.limit: return
-        if self._learned is not None: self._learned.set(ledger, need)
-        else:
+        if self._learned is not None: self._learned.need(ledger, need)
+        elif ledger.limit is not None and need > ledger.limit:
             self._rows = min(self._rows, _rows_that_fit(ledger, need, tensors_in(list(tree_iter(trees)))))
 
     def _close(self) -> _OpenBlock:
@@ -236,22 +237,17 @@ class ActivationPager(TorchDispatchMode):
         block = self._block
         if block is not None:
             block.close()
-            self._device = block.ledger.device
+            self.limit = block.ledger.limit
         self._block = None
         return block
 
     def _learn(self, block:_OpenBlock):
         "Make the block just closed the forecast for the next one; say once what went wrong in it"
         self.order = block.forecast.learned()
-        if self._learned is not None: self._learned.end_block(block.ledger, self.order)
+        if self._learned is not None: self.limit = self._learned.end_block(block.ledger, self.order)
         self._warnings.after(block.ledger, self.need, self.need_op, self._rows)
 
     def __reduce__(self): return type(self),(self.budget,)
-
-    @property
-    def limit(self) -> int|None: # Bytes
-        "How much may be on the device. With 'auto' it is what has been learned; None: nothing yet"
-        return None if self._device is None else self._budget.on(self._device)
 
     @property
     def refused(self) -> int:

@@ -22,7 +22,7 @@ from .mover import Mover, tensor_args, tensors_in
 from .storages import Ledger, plain
 
 # %% auto #0
-__all__ = ['CALM', 'is_refusal', 'LearnedLimit', 'advised', 'Refusals']
+__all__ = []
 
 # %% ../nbs/12c_refusals.ipynb #d4cf513c
 _STATUS = 'CUBLAS_STATUS_ALLOC_FAILED','CUDNN_STATUS_ALLOC_FAILED'
@@ -105,14 +105,20 @@ class LearnedLimit:
         "From now on the limit is this"
         ledger.limit = self.budget.limits[ledger.device] = limit
 
-    def end_block(self, ledger:Ledger, order:Order):
+    def need(self, ledger:Ledger, n:int):
+        "Take note of an operation that needed `n` bytes"
+        ledger.floor = max(n, ledger.floor)
+        if ledger.limit is not None and n > ledger.limit: self.set(ledger, n)
+
+    def end_block(self, ledger:Ledger, order:Order) -> int|None: # The limit of the next one
         "Have the limit rise where nothing was refused for long. `order` is what the block did"
         self.calm = 0 if self.refused > self.seen else self.calm+1
         self.seen = self.refused
-        if ledger.limit is None or self.calm < self.patience: return
+        if ledger.limit is None or self.calm < self.patience: return ledger.limit
         self.calm,self.good = 0,ledger.limit
         limit,most = ledger.limit + ledger.limit//8,max([s.base+s.grow for s in order.steps])
         self.set(ledger, None if limit >= most else limit)
+        return ledger.limit
 
 # %% ../nbs/12c_refusals.ipynb #a54ad8c6
 _ADVICE = ("One operation is too large for what is free on the device. Operations are smaller in lock step "

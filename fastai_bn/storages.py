@@ -100,6 +100,8 @@ def plain(
     else: return [] if t.layout is torch._mkldnn else [t]
     return [p for o in parts for p in plain(o)]
 
+def _call(f): return f()
+
 # %% ../nbs/12_storages.ipynb #2ddeb770
 class Ledger:
     "Keep account of the storages of a block: who is there, and how many bytes"
@@ -107,9 +109,8 @@ class Ledger:
         self.copies,self.budget,self.forecast = copies,budget,forecast
         self.recs,self.labels,self.here = {},[],{}    # by address; by label; by label what could leave
         self.resident = self.alive = self.pinned = 0  # bytes on the device; with those on the host; that cannot leave
-        self.now = self.known = 0                     # operations so far; labels before the one at hand
-        self.floor = 0                                # bytes that one operation needed, at most
-        self.device = self.limit = self.refusals = None
+        self.now = self.known = self.floor = 0        # operations so far; labels before the one at hand; most needed
+        self.device,self.limit,self.attempt = None,None,_call  # `attempt`: how memory is asked for
         self.model = Model(self)
 
     def find(self, t:Tensor|torch.UntypedStorage) -> Record:
@@ -183,9 +184,7 @@ class Ledger:
     def load(self, rec:Record):
         "Begin to bring back `rec` if it is away. Its copy is kept"
         if not rec.on_host or (st := rec()) is None: return
-        grow = partial(st.resize_, rec.nbytes)
-        if self.refusals is None: grow()
-        else: self.refusals.attempt(grow)
+        self.attempt(partial(st.resize_, rec.nbytes))
         rec.event = self.copies.start(st, rec.host, rec.nbytes)
         rec.on_host = False
         self.resident += rec.nbytes

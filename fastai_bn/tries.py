@@ -32,7 +32,7 @@ from .threads import ThreadNow
 from .turns import PerBatchState
 
 # %% auto #0
-__all__ = ['Kept', 'BeforeWindow', 'planned_piece']
+__all__ = []
 
 # %% ../nbs/04b_tries.ipynb #d534f953
 def _other_buffers(model:nn.Module) -> list[Tensor]:

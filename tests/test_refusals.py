@@ -1,4 +1,4 @@
-"""A device that refuses memory costs time and nothing else: whatever operation it refuses, whenever, results are the same
+"""A device that refuses memory costs time and nothing else: whatever it refuses, and whenever, results are the same
 
 The device is simulated: a dispatch mode below the pager counts activations and refuses what is too much"""
 import gc
@@ -66,7 +66,8 @@ class Device(TorchDispatchMode):
         before = {t.untyped_storage()._cdata for t in tensors(args, kwargs)}
         out = func(*args, **(kwargs or {}))
         self.made += any(t.untyped_storage()._cdata not in before for t in tensors(out))
-        self.known.update({t.untyped_storage()._cdata:weakref.ref(t.untyped_storage()) for t in tensors(args, kwargs, out)})
+        storages = [t.untyped_storage() for t in tensors(args, kwargs, out)]
+        self.known.update({st._cdata:weakref.ref(st) for st in storages})
         if self.made in self.at or self.size is not None and self.used() > self.size: self.refuse()
         return out
 
@@ -253,7 +254,7 @@ def test_a_refused_return(monkeypatch, n):
     with ActivationPager('auto') as pager:
         y = x+a
         block = pager._block
-        block.ledger.refusals.let_leave()
+        block.refusals.let_leave()
         monkeypatch.setattr(torch.UntypedStorage, 'resize_', resize_)
         z = (x*b).sum() + (y*a).sum()
     monkeypatch.undo()
