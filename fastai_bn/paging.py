@@ -12,9 +12,9 @@ with pager:                          # in each window the same pager: it learns
 ```
 
 With `'auto'` nothing moves while the device has room, and when it has none left, that costs time and nothing else. With
-a number the pager keeps to it. Nothing is approximated or recomputed: the same kernels run on the same bytes in the same order, so the gradients are
-*equal*, at any budget. The price is copying. The floor is the largest single operation, whose tensors have to be there
-together (`MicroBatched` goes below it, exact to rounding).
+a number the pager keeps to it. Nothing is approximated or recomputed: the same kernels run on the same bytes in the
+same order, so the gradients are *equal*, at any budget. The price is copying. The floor is the largest single
+operation, whose tensors have to be there together (`MicroBatched` goes below it, exact to rounding).
 
 **Use it** when the batch you need does not fit. **Do without** if it fits; where a smaller batch serves as well; or
 where recomputing is cheaper than the bus: the pager has no opinion on activation checkpointing and works with it.
@@ -228,7 +228,7 @@ class ActivationPager(TorchDispatchMode):
         if ledger.resident > self.peak: self.peak = ledger.resident
         need = op.need()
         if need > self.need: self.need,self.need_op = need,op.func
-        if self._learned is not None: self._learned.need(ledger, need)
+        if self._learned is not None and need > ledger.floor: self._learned.need(ledger, need)
         elif ledger.limit is not None and need > ledger.limit:
             self._rows = min(self._rows, _rows_that_fit(ledger, need, tensors_in(list(tree_iter(trees)))))
 

@@ -13,6 +13,7 @@ Docs: https://fastai-bn.github.io/fastai_bn/refusals.html.md"""
 # %% ../nbs/12c_refusals.ipynb #8a69ff50
 from __future__ import annotations
 from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 
@@ -51,28 +52,29 @@ def _bytes(st:torch.UntypedStorage, n:int) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=st.device).set_(st, 0, (n,))
 
 # %% ../nbs/12c_refusals.ipynb #ed8f1156
+class Effects(NamedTuple):
+    "What an operation changes that was there before it"
+    writes: tuple   # Positions and names of arguments that it writes to
+    asks: bool      # Does it ask for memory where it writes?
+    draws: bool     # Does it draw random numbers?
+
 @cache
-def _traces(func) -> tuple[tuple,bool]: # Positions and names of arguments; a flag
-    "Tell which arguments `func` writes to, and whether it draws random numbers"
+def effects(
+    func, # An operator
+) -> Effects|None:
+    "Tell what `func` changes. None: not known, as it takes closures or talks to other processes"
+    if not isinstance(func, torch._ops.OpOverload) or 'c10d' in func.namespace: return None
     writes = tuple((i, name) for i,name,written in tensor_args(func) if written)
+    asks = not (torch.Tag.pointwise in func.tags and func._schema.name.endswith('_'))
     # Operations of others do not always have tags
-    return writes,torch.Tag.nondeterministic_seeded in func.tags or func.namespace not in ('aten','prims')
-
-@cache
-def _allocates_nothing(func) -> bool:
-    "Tell whether PyTorch runs `func` without asking for memory"
-    return torch.Tag.pointwise in func.tags and func._schema.name.endswith('_')
-
-@cache
-def _can_repeat(func) -> bool:
-    "Tell whether it is known what `func` changes: not with closures among its arguments, or other processes"
-    return isinstance(func, torch._ops.OpOverload) and 'c10d' not in func.namespace
+    draws = torch.Tag.nondeterministic_seeded in func.tags or func.namespace not in ('aten','prims')
+    return Effects(writes, asks, draws)
 
 # %% ../nbs/12c_refusals.ipynb #7ded5ea7
-def _storages(func, args:tuple, kwargs:dict) -> list[torch.UntypedStorage]:
-    "List what `func` writes to"
+def _storages(writes:tuple, args:tuple, kwargs:dict) -> list[torch.UntypedStorage]:
+    "List the storages of arguments that an operation `writes` to"
     res = {}
-    for i,name in _traces(func)[0]:
+    for i,name in writes:
         for o in tensors_in(args[i] if i < len(args) else kwargs.get(name)):
             found = [o] if isinstance(o, torch.UntypedStorage) else [t.untyped_storage() for t in plain(o)]
             res.update({st._cdata:st for st in found if st.device.type != 'meta'})
@@ -106,8 +108,8 @@ class LearnedLimit:
         ledger.limit = self.budget.limits[ledger.device] = limit
 
     def need(self, ledger:Ledger, n:int):
-        "Take note of an operation that needed `n` bytes"
-        ledger.floor = max(n, ledger.floor)
+        "Take note of an operation that needed `n` bytes, more than any before it in the block"
+        ledger.floor = n
         if ledger.limit is not None and n > ledger.limit: self.set(ledger, n)
 
     def end_block(self, ledger:Ledger, order:Order) -> int|None: # The limit of the next one
@@ -143,13 +145,12 @@ class Refusals:
 
     def run(self, call, func, args:tuple, kwargs:dict): # What it returns
         "Run an operation by `call`"
-        f = partial(call, func, args, kwargs)
-        if not _can_repeat(func): return f()
-        writes,draws = _traces(func)
-        if writes and not self.others and _allocates_nothing(func): writes = ()
-        if not (writes or draws): return self.attempt(f)
-        storages = _storages(func, args, kwargs) if writes else []
-        generators = _generators(kwargs, self.ledger.device or torch.device('cpu')) if draws else []
+        f,e = partial(call, func, args, kwargs),effects(func)
+        if e is None: return f()
+        writes = e.writes if e.asks or self.others else ()
+        if not (writes or e.draws): return self.attempt(f)
+        storages = _storages(writes, args, kwargs)
+        generators = _generators(kwargs, self.ledger.device or torch.device('cpu')) if e.draws else []
         return self.attempt(f, self.attempt(partial(Before, storages, generators)))
 
     def attempt(self, f, before:Before|None=None): # What `f` returns
