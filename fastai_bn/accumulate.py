@@ -42,7 +42,7 @@ from .epochs import WindowedEpochs
 from .lockstep import run_in_pieces
 from .paging import ActivationPager
 from .refusals import advised, is_refusal
-from .tries import BeforeWindow, Kept, Pieces
+from .tries import BeforeWindow, Pieces
 from .undo import instead
 
 # %% auto #0
@@ -96,11 +96,10 @@ class _WindowedBatches(WindowedEpochs):
         "Run a batch, and if one operation is too large for the device once more, in lock step"
         learn,ranks,n = self.learn,self.window.ranks,size_of(batch, self.plan.n_inp, self.batches.bs)
         self.pieces.plan(learn, ranks, batch, n)
-        if self._kept is None or self._kept.model is not learn.model: self._kept = Kept(learn.model)
-        before = BeforeWindow(self._kept, self._params, batch, [cb for cb in learn.cbs if cb is not self])
+        before = BeforeWindow(learn, self._params, batch, self)
         can_shrink = min(self.pieces.size or n, n) > 1 and not ranks.wait()
         if self._run(do, i, batch, may_fail=lambda: can_shrink and before.is_intact()): return
-        learn.pred = learn.loss_grad = learn.loss = None  # activations
+        learn.pred = learn.loss_grad = learn.loss = None  # let go of activations
         self.window.drop()  # once more, now that there is memory
         before.put_back()
         self.pieces.shrink(n)

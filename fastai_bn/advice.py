@@ -26,7 +26,7 @@ from fastai.torch_core import get_model
 from torch import nn
 
 from .batches import is_count, join, n_inputs, size_of
-from .counting import CountedWindows, checked_loss, mixed_precision, weights_bytes
+from .counting import CountedWindows, checked_loss, largest_piece, mixed_precision, weights_bytes
 from .fakes import CannotPlan, stand_ins
 from .paging import ActivationPager
 from .plan import as_table, planned, read_bytes
@@ -73,6 +73,7 @@ class _Data:
 
 # %% ../nbs/74_advice.ipynb #7bd011d1
 TRIES = 4   # Budgets to try, each smaller by what the one before exceeded
+SAME_BITS = .95 # Lock step, which agrees to rounding, has to be faster by this factor to be preferred
 MARGIN = .1 # Share of the device's memory for what no plan knows: fragmentation, workspaces, the context
 
 def _rounded(n:int) -> int:
@@ -104,18 +105,35 @@ class _Search:
     def run(self) -> dict|None: # The row that fits
         "Try one way after the other"
         if self.try_row('whole'): return self.rows[-1]
-        floor = self.rows[0]['floor']
         if self.usable is None or self.usable < 1: return None
-        if floor <= self.usable and self.budget_that_holds('budget'): return self.rows[-1]
-        # Not even one sample at a time?
-        self.try_row('lockstep', None, 1)
-        if self.rows.pop()['floor'] > self.usable: return None
-        # Most operations take in proportion to their samples
-        micro_bs = max(1, min(self.n//2, int(self.n*self.usable/floor)))
-        for k in sorted({micro_bs, max(1, micro_bs//2), max(1, micro_bs//4)}, reverse=True):
-            if self.budget_that_holds('lockstep', k): return self.rows[-1]
-            del self.rows[-1]
-        return None
+        has_floor = self.rows[0]['floor'] <= self.usable
+        found = [self.rows[-1]] if has_floor and self.budget_that_holds('budget') else []
+        if not found or self.is_slow(found[0]): found += self.in_pieces()
+        return min(found, key=lambda o: o['seconds']*(SAME_BITS if o['way'] == 'budget' else 1), default=None)
+
+    def is_slow(self, row:dict) -> bool:
+        "Could another way be faster, by more than the same bits are worth? Without a model of time nobody knows"
+        return row['seconds'] > self.rows[0]['seconds']/SAME_BITS
+
+    def floor(self, k:int) -> int: # Bytes
+        "Count what operations need that see `k` samples"
+        if k == self.n: return self.rows[0]['floor']
+        return self.windows.row('lockstep', self.xb, self.yb, None, k)['floor']
+
+    def in_pieces(self) -> list[dict]: # One row, or none
+        "Find pieces that fit, halved as long as that is faster"
+        k,best = largest_piece(self.floor, self.n, self.usable),None
+        if k == self.n: k = self.n//2
+        while k:
+            held = self.budget_that_holds('lockstep', k)
+            row = self.rows.pop()
+            is_better = held and (best is None or row['seconds'] < best['seconds'])
+            if best is not None and not is_better: break
+            if is_better: best = row
+            k //= 2
+        found = [] if best is None else [best]
+        self.rows += found
+        return found
 
 # %% ../nbs/74_advice.ipynb #4712ae9a
 def _gib(n:float) -> str: return f'{n/2**30:.2f} GiB' if n >= 2**30 else f'{n/2**20:.1f} MiB'

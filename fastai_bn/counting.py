@@ -122,7 +122,7 @@ def largest_piece(
     for i in range(n):
         if hi-lo == 1 or lo and i >= PIECES: break
         k = lo + int((hi-lo)*max(0, usable-at_lo)/(at_hi-at_lo)) if at_hi > at_lo else lo
-        k = min(max(k, lo+1), hi-1)
+        k = min(max(k, lo+1), hi-1 if lo else max(1, hi//2))  # while nothing has fitted, at most half
         found = floor(k)
         if found <= usable: lo,at_lo = k,found
         else: hi,at_hi = k,found

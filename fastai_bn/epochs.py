@@ -94,9 +94,9 @@ def _refuse_others(learn:Learner, own:Callback):
 class WindowedEpochs(Callback):
     "Open a window for each epoch, run the training loop inside it, and leave nothing behind whatever is raised"
     run_valid = False
-    window = batches = _last_window = _kept = None
+    window = batches = _last_window = None
     # What `learn.export` leaves out: the epoch under way
-    _stateattrs = 'window','batches','_last_window','_kept','_params','_trained'
+    _stateattrs = 'window','batches','_last_window','_params','_trained'
 
     @property
     def plan(self) -> Plan: return Plan(self.n_step, self.bn_bs, self.last, getattr(self.dls, 'n_inp', None))
@@ -165,7 +165,7 @@ class WindowedEpochs(Callback):
         self.close()
 
     def after_epoch(self): take_away(self.learn, 'all_batches')
-    def after_fit(self): self._last_window = self._kept = None  # lets go of the model
+    def after_fit(self): self._last_window = None  # lets go of the model
     def after_cancel_train(self): self.close()
     def after_cancel_epoch(self): self.close()
     def after_cancel_fit(self): self.close()

@@ -199,13 +199,14 @@ class Mover:
 
 # %% ../nbs/12a_mover.ipynb #2d7c76c8
 def return_all(
-    ledger:Ledger, # Of a block that ends
+    ledger:Ledger,  # Of a block that ends
+    is_failed:bool=False, # With an error? That one goes on, and its activations with it
 ):
     "Bring everything back and let go of it. Raises `RuntimeError` if there is no room on the device"
     lost,error = [],None
     try: lost,error = _load_all(ledger)
     finally: _let_go(ledger)
-    if lost: raise RuntimeError(
+    if lost and not is_failed: raise RuntimeError(
         f"ActivationPager could not bring back {len(lost)} tensors of {sum(rec.nbytes for rec in lost):,} bytes: they "
         "did not fit on the device at the end of the block and are lost. Free memory there, or keep fewer tensors"
     ) from error
@@ -219,7 +220,7 @@ def _load_all(ledger:Ledger) -> tuple[list[Record],BaseException|None]: # Who is
         away = [rec for rec in list(ledger.recs.values()) if rec.on_host and rec() is not None]
         for rec in away:
             try: ledger.load(rec)
-            except BaseException as e: error = e
+            except BaseException as e: error = e.with_traceback(None)  # which would keep alive what is in its frames
     return [rec for rec in away if rec.on_host],error
 
 def _let_go(ledger:Ledger):

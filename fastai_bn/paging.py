@@ -87,10 +87,12 @@ class _OpenBlock:
         self.ledger = Ledger(copies, budget, self.forecast)
         self.mover = Mover(self.ledger)
         self.lock,self.running = threading.RLock(),False  # while an operation runs nothing leaves
-        self.hook,self.call,self.refusals = None,self._call,None
+        self.hook,self.refusals = None,None
+        self.call,self.look_ahead = self._call,self.mover.look_ahead
         if limit is None: return
         self.refusals = Refusals(self.mover, limit)
-        self.call,self.ledger.attempt = partial(self.refusals.run, self._call),self.refusals.attempt
+        self.call,self.look_ahead = partial(self.refusals.run, self._call),self.refusals.look_ahead
+        self.ledger.attempt = self.refusals.attempt
 
     def open(self):
         "Begin to see calls of modules, and reads past all modes"
@@ -106,7 +108,7 @@ class _OpenBlock:
         self.mover.bring(op, growth)
         with _lazy_views(): out = self.call(func, args, kwargs)
         op.count(out)
-        self.mover.look_ahead(op)
+        self.look_ahead(op)
         return op,out
 
     def _call(self, func, args:tuple, kwargs:dict):
@@ -120,11 +122,11 @@ class _OpenBlock:
         with self.lock:
             for rec in records_of(trees, self.ledger.find): self.ledger.pin(rec)
 
-    def close(self):
-        "Bring everything back and let go of it"
+    def close(self, is_failed:bool):
+        "Bring everything back and let go of it. In a block that `is_failed`, what does not fit is lost"
         if self.hook is not None: self.hook.remove()
         if self.refusals is not None: self.refusals.close()
-        try: return_all(self.ledger)
+        try: return_all(self.ledger, is_failed)
         finally: reads.close(self)
 
 # %% ../nbs/13_paging.ipynb #1e5446f8
@@ -203,12 +205,12 @@ class ActivationPager(TorchDispatchMode):
             self._block.open()
             return super().__enter__()
         except BaseException:
-            insist(self._close)
+            insist(self._close, True)
             raise
 
     def __exit__(self, *exc):
         try: super().__exit__(*exc)
-        finally: block = insist(self._close)
+        finally: block = insist(self._close, exc[0] is not None)
         if exc[0] is None: self._learn(block)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -232,11 +234,11 @@ class ActivationPager(TorchDispatchMode):
         elif ledger.limit is not None and need > ledger.limit:
             self._rows = min(self._rows, _rows_that_fit(ledger, need, tensors_in(list(tree_iter(trees)))))
 
-    def _close(self) -> _OpenBlock:
+    def _close(self, is_failed:bool) -> _OpenBlock:
         "Leave nothing behind. After an interrupt it is called again"
         block = self._block
         if block is not None:
-            block.close()
+            block.close(is_failed)
             self.limit = block.ledger.limit
         self._block = None
         return block

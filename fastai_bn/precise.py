@@ -127,7 +127,7 @@ def _as_in_training(learn:Learner, bn_bs:int|None, budget) -> dict:
     "Choose BN batch, budget and `micro_bs`. What is not given is that of the training"
     cb = _callback(learn, AccumulateGradBN)
     if bn_bs is None:
-        if budget is None and cb is not None and cb.bn_bs is not None: budget = cb.budget
+        if budget is None and cb is not None and cb.bn_bs is not None: budget = cb.pager and cb.pager.budget
         bn_bs = _bn_bs(learn, cb)
     return dict(bn_bs=bn_bs, budget=budget, micro_bs=None if cb is None else cb.piece)
 

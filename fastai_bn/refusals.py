@@ -16,10 +16,12 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .copies import Budget
 from .forecast import Order
-from .mover import Mover, tensor_args, tensors_in
+from .mover import Mover, Operation, tensor_args, tensors_in
 from .storages import Ledger, plain
 
 # %% auto #0
@@ -34,24 +36,30 @@ def is_refusal(e:BaseException) -> bool:
     return isinstance(e, RuntimeError) and any(s in str(e) for s in _STATUS)
 
 # %% ../nbs/12c_refusals.ipynb #257b7d0e
+def _copy(t:Tensor) -> Tensor:
+    "Copy `t`, to the host if the device has no memory for that"
+    try: return t.clone()
+    except RuntimeError as e:
+        if not is_refusal(e): raise
+    return t.cpu()
+
 class Before:
-    "Storages and states of random generators, as they are now"
-    def __init__(self, storages:list, generators:list):
+    "Tensors and states of random generators, as they are now"
+    def __init__(self, tensors:list, generators:list):
         with torch._C._DisableTorchDispatch():
-            self.storages = [(st, st.clone()) for st in storages]
+            views = [t.detach() for t in tensors]  # they keep their sizes where an operation gives `t` others
+            self.tensors = [(t, _copy(t)) for t in views]
             self.states = [(g, g.get_state()) for g in generators]
 
     def put_back(self):
-        "Have them be what they were. A storage that has grown since stays as large: tensors know of it"
+        "Have them be what they were"
         with torch._C._DisableTorchDispatch():
-            for st,before in self.storages: _bytes(st, before.nbytes()).copy_(_bytes(before, before.nbytes()))
+            for t,before in self.tensors: t.copy_(before)
             for g,state in self.states: g.set_state(state)
 
-def _bytes(st:torch.UntypedStorage, n:int) -> torch.Tensor:
-    "The first `n` bytes of a storage"
-    return torch.empty(0, dtype=torch.uint8, device=st.device).set_(st, 0, (n,))
-
 # %% ../nbs/12c_refusals.ipynb #ed8f1156
+_SAME_AGAIN = 'copy_','zero_','fill_','masked_fill_','normal_','uniform_','bernoulli_','index_copy_','index_fill_'
+
 class Effects(NamedTuple):
     "What an operation changes that was there before it"
     writes: tuple   # Positions and names of arguments that it writes to
@@ -64,25 +72,24 @@ def effects(
 ) -> Effects|None:
     "Tell what `func` changes. None: not known, as it takes closures or talks to other processes"
     if not isinstance(func, torch._ops.OpOverload) or 'c10d' in func.namespace: return None
-    writes = tuple((i, name) for i,name,written in tensor_args(func) if written)
-    asks = not (torch.Tag.pointwise in func.tags and func._schema.name.endswith('_'))
+    name = func._schema.name.removeprefix('aten::')
+    writes = tuple((i, name) for i,name,written in tensor_args(func) if written) if name not in _SAME_AGAIN else ()
+    asks = not (torch.Tag.pointwise in func.tags and name.endswith('_'))
     # Operations of others do not always have tags
     draws = torch.Tag.nondeterministic_seeded in func.tags or func.namespace not in ('aten','prims')
     return Effects(writes, asks, draws)
 
 # %% ../nbs/12c_refusals.ipynb #7ded5ea7
-def _storages(writes:tuple, args:tuple, kwargs:dict) -> list[torch.UntypedStorage]:
-    "List the storages of arguments that an operation `writes` to"
-    res = {}
-    for i,name in writes:
-        for o in tensors_in(args[i] if i < len(args) else kwargs.get(name)):
-            found = [o] if isinstance(o, torch.UntypedStorage) else [t.untyped_storage() for t in plain(o)]
-            res.update({st._cdata:st for st in found if st.device.type != 'meta'})
-    return list(res.values())
+def _written(writes:tuple, args:tuple, kwargs:dict) -> list[Tensor]:
+    "List the tensors that an operation `writes` to"
+    found = [o for i,name in writes for o in tensors_in(args[i] if i < len(args) else kwargs.get(name))]
+    parts = [t for o in found if isinstance(o, Tensor) for t in plain(o)]
+    return [t for t in parts if t.device.type != 'meta' and not isinstance(t, FakeTensor)]
 
-def _generators(kwargs:dict, device:torch.device) -> list[torch.Generator]:
+def _generators(kwargs:dict, device:torch.device|None) -> list[torch.Generator]:
     "List what an operation draws from: its own generator, or the CPU's and the device's"
     if kwargs.get('generator') is not None: return [kwargs['generator']]
+    device = torch.device(kwargs.get('device') or device or 'cpu')
     if device.type in ('cpu','meta'): return [torch.default_generator]
     others = getattr(torch.get_device_module(device), 'default_generators', ())
     return [torch.default_generator, *others[device.index or 0:][:1]]
@@ -149,9 +156,8 @@ class Refusals:
         if e is None: return f()
         writes = e.writes if e.asks or self.others else ()
         if not (writes or e.draws): return self.attempt(f)
-        storages = _storages(writes, args, kwargs)
-        generators = _generators(kwargs, self.ledger.device or torch.device('cpu')) if e.draws else []
-        return self.attempt(f, self.attempt(partial(Before, storages, generators)))
+        generators = _generators(kwargs, self.ledger.device) if e.draws else []
+        return self.attempt(f, Before(_written(writes, args, kwargs), generators))
 
     def attempt(self, f, before:Before|None=None): # What `f` returns
         "Call `f`. If it is refused, call it again when others have left; what it began is undone"
@@ -166,6 +172,12 @@ class Refusals:
             if not is_refusal(e): raise
             if before is not None: before.put_back()
             raise advised(e)
+
+    def look_ahead(self, op:Operation):
+        "Have the mover look ahead. Nobody waits for what is refused then"
+        try: self.mover.look_ahead(op)
+        except RuntimeError as e:
+            if not is_refusal(e): raise
 
     def let_leave(self):
         "Let all that is not in use leave"

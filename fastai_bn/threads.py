@@ -99,3 +99,4 @@ class ThreadNow:
         if not self.depth: torch.clear_autocast_cache()
         for modes,before in zip(_MODES, found.modes):
             for _ in modes.look()[len(before):]: modes.pop()
+        while _SAVED.look() not in (None,found.saved): _SAVED.pop()

@@ -13,9 +13,11 @@ Docs: https://fastai-bn.github.io/fastai_bn/tries.html.md"""
 # %% ../nbs/04b_tries.ipynb #c47d3b30
 from __future__ import annotations
 import math
+import random
 import warnings
 from functools import partial
 
+import numpy as np
 import torch
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -26,6 +28,7 @@ from .advice import MARGIN, learner_weights, precision_of, run_in_window
 from .batches import n_inputs
 from .copies import Budget, free_bytes
 from .counting import CountedWindows, largest_piece, n_bytes
+from .fakes import modules_of
 from .plan import planned
 from .processes import Ranks
 from .threads import ThreadNow
@@ -35,56 +38,59 @@ from .turns import PerBatchState
 __all__ = []
 
 # %% ../nbs/04b_tries.ipynb #d534f953
-def _other_buffers(model:nn.Module) -> list[Tensor]:
-    "List the buffers of other layers than BN"
-    found = [b for m in model.modules() if not isinstance(m, _BatchNorm) for b in m._buffers.values()]
-    return [b for b in found if b is not None and not b.is_inference()]
+_OF_BN = 'running_mean','running_var','num_batches_tracked' # They wait for the step
 
-class Kept:
-    "Copies of the buffers of `model` that are not BN's"
-    def __init__(self, model:nn.Module): self.model,self.copies = model,{}  # by id: buffer, its version, its copy
+def _tensors(model:nn.Module) -> list[Tensor]:
+    "List buffers, and other tensors that modules have as attributes"
+    res = {}
+    for m in model.modules():
+        waits = _OF_BN if isinstance(m, _BatchNorm) else ()
+        found = [*[b for k,b in m._buffers.items() if k not in waits], *vars(m).values()]
+        res.update({id(t):t for t in found if isinstance(t, Tensor) and not (t.requires_grad or t.is_inference())})
+    return list(res.values())
 
-    def update(self):
-        "Copy what is new or has changed"
-        old,self.copies = self.copies,{}
-        for b in _other_buffers(self.model):
-            known = old.get(id(b))
-            if known is None or known[1] != b._version: known = b,b._version,b.detach().clone()
-            self.copies[id(b)] = known
-
-    def put_back(self):
-        "Have buffers be what they were"
-        with torch.no_grad():
-            for k,(b,version,copy) in list(self.copies.items()):
-                if b._version == version: continue
-                b.copy_(copy)
-                self.copies[k] = b,b._version,copy
+def _random_states(model:nn.Module) -> list[tuple]:
+    "List what sets the state of random generators that modules have as attributes, and their states now"
+    values = [v for m in model.modules() for v in vars(m).values()]
+    res = [(v.set_state, v.get_state()) for v in values if isinstance(v, (torch.Generator,np.random.RandomState))]
+    res += [(v.setstate, v.getstate()) for v in values if isinstance(v, random.Random)]
+    bits = [v.bit_generator for v in values if isinstance(v, np.random.Generator)]
+    return res + [(partial(setattr, o, 'state'), o.state) for o in bits]
 
 class BeforeWindow:
     "What a window may change before its step, as it is now"
     def __init__(self,
-        kept:Kept,
-        params:list, # Whose gradients the window makes
-        batch,       # Its inputs and targets
-        others=(),   # Objects that take part: callbacks
+        learn,  # Learner: its model, loss function and callbacks, and itself
+        params, # Parameters whose gradients the window makes
+        batch,  # Its inputs and targets
+        own,    # The callback that asks; what it keeps is its own affair
     ):
-        kept.update()
-        self.kept,self.no_grad = kept,[p for p in params if p.grad is None]
+        self.learn,self.no_grad = learn,[p for p in params if p.grad is None]
         self.random,self.thread = get_random_states(),ThreadNow()
-        self.state = PerBatchState(kept.model, 1, others)
-        self.dicts = [(m._buffers, dict(m._buffers)) for m in kept.model.modules()]
-        self.versions = [(t, t._version) for t in tree_iter(batch) if isinstance(t, Tensor) and not t.is_inference()]
+        others = [learn.loss_func, *[cb for cb in learn.cbs if cb is not own]]
+        modules = nn.ModuleList([get_model(learn.model), *[m for o in others for m in modules_of(o)]])
+        others += [v for o in others for v in getattr(o, '__dict__', {}).values() if v is not own]
+        self.state = PerBatchState(modules, 1, others)
+        self.dicts = [(d, dict(d)) for d in (vars(learn), *[m._buffers for m in modules.modules()])]
+        self.copies = [(t, t.detach().clone()) for t in _tensors(modules)]
+        self.own_random = _random_states(modules)
+        read = [*[t for t in tree_iter(batch) if isinstance(t, Tensor)], *modules.parameters()]
+        self.versions = [(t, t._version) for t in read if not t.is_inference()]
 
     def is_intact(self) -> bool:
-        "Tell whether the batch is what it was: a model may have written to its inputs"
+        "Tell whether the batch and the weights are what they were: a model may have written to them"
         return all([t._version == v for t,v in self.versions])
 
     def put_back(self):
         "Undo the window"
-        self.state.put_back()
-        for d,values in self.dicts: d.update(values)
-        self.kept.put_back()
         self.thread.put_back()
+        self.state.put_back()
+        for d,values in self.dicts:
+            for k in d.keys()-values: del d[k]
+            d.update(values)
+        with torch.no_grad():
+            for t,copy in self.copies: t.copy_(copy)
+        for put_back,state in self.own_random: put_back(state)
         set_random_states(**self.random)
         for p in self.no_grad: p.grad = None
 

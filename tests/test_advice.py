@@ -9,8 +9,10 @@ from torch import nn
 from fastai.vision.all import SGD, Adam, CrossEntropyLossFlat, Lamb, MixedPrecision
 
 from fastai_bn import advice
-from fastai_bn.advice import measured_peak
+from fastai_bn.advice import measured_peak, run_in_window
 from fastai_bn.all import CARDS, AccumulateGradBN
+from fastai_bn.counting import CountedWindows
+from fastai_bn.plan import planned
 from helpers import do_fit, get_dls, get_learner, labels, quiet_budget
 
 pytestmark = [quiet_budget, pytest.mark.usefixtures('all_move')]
@@ -66,6 +68,20 @@ def test_the_advice_is_a_call_that_holds(way, capsys):
     cb = eval(args, dict(AccumulateGradBN=AccumulateGradBN))
     do_fit(make(cbs=cb))
     if cb.pager is not None: assert cb.pager.peak + whole.weights <= .9*memory
+
+@pytest.mark.parametrize('card,share', [('T4',.7), ('A100',.3)])
+def test_the_advice_is_as_fast_as_the_best_of_many(card, share, capsys):
+    "In modelled time, of budgets and sizes of pieces that are powers of two"
+    learn = make(size=512)
+    whole = found_in(learn.memory_plan(4, plot=False), 'whole')
+    usable = int(share*whole.peak)
+    df = learn.memory_plan(4, memory=int((usable+whole.weights)/.9)+1, card=card, plot=False)
+    mine = found_in(df, 'lockstep' if 'micro_bs' in capsys.readouterr().out else 'budget')
+    with planned(learn.model, learn.loss_func) as fakes:
+        windows = CountedWindows(learn.model, learn.loss_func, fakes, CARDS[card], run_in_window, keep_grads=True)
+        b = fakes.all_in(((torch.empty(8, 3, 512, 512),), (torch.empty(8, dtype=torch.long),)))
+        rows = [windows.row('any', *b, usable*i//10, k) for i in (4, 7, 9, 10) for k in (None, 4, 2)]
+    assert mine.seconds <= 1.05*min(o['seconds'] for o in rows if o['peak'] <= usable)
 
 def test_a_large_budget_is_said_in_mib(capsys):
     make(size=512).memory_plan(8, memory='130MiB', plot=False)

@@ -4,6 +4,7 @@ The device is simulated: a dispatch mode below the pager counts activations and 
 import gc
 import warnings
 import weakref
+from collections import Counter
 from contextlib import nullcontext
 
 import pytest
@@ -33,23 +34,45 @@ def _all_move():
         m.setattr(storages, 'MIN_BYTES', 256)
         yield
 
-EMPTY = nn.Module()
+EMPTY,RESIZE = nn.Module(),torch.UntypedStorage.resize_
 @pytest.fixture(autouse=True)
 def _no_mode_stays():
     "A device of a test that failed is not that of the next"
     yield
     while torch._C._len_torch_dispatch_stack(): _pop_mode()
+    torch.UntypedStorage.resize_ = RESIZE
 
 OOM = torch.OutOfMemoryError('Tried to allocate 2.00 GiB')
 
 class Device(TorchDispatchMode):
     """Refuse what makes activations take more than `size` bytes, or the `at`-th operations that make any.
 
-    It refuses after the operation has run, so that all that it writes to is written already"""
+    It refuses after the operation has run, so that all that it writes to is written already. What returns from the
+    host is refused, too"""
+    counts = Counter()  # of refusals: an attribute of the device itself would be undone with a window
     def __init__(self, model, size=None, at=(), error=OOM):
         super().__init__()
+        del Device.counts[id(self)]
         self.model,self.size,self.at,self.error = model,size,at,error
-        self.known,self.made,self.refused = {},0,0
+        self.known,self.made = {},0
+
+    @property
+    def refused(self): return Device.counts[id(self)]
+
+    def __enter__(self):
+        device,grow = self,torch.UntypedStorage.resize_
+        def resize_(st, n):
+            more = n-st.nbytes()
+            if st._cdata in device.known and device.size is not None and more > 0 and device.used()+more > device.size:
+                device.refuse()
+            return grow(st, n)
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(torch.UntypedStorage, 'resize_', resize_)
+        return super().__enter__()
+
+    def __exit__(self, *exc):
+        self.patch.undo()
+        return super().__exit__(*exc)
 
     def weights(self):
         "Storages that are no activations"
@@ -72,7 +95,7 @@ class Device(TorchDispatchMode):
         return out
 
     def refuse(self):
-        self.refused += 1
+        Device.counts[id(self)] += 1
         self.at = [i for i in self.at if i != self.made]
         raise type(self.error)(*self.error.args)
 
@@ -100,11 +123,13 @@ class Within(Callback):
         if self.is_on and not on: self.device.__exit__(None, None, None)
         self.is_on = on
 
-def fit(within=None, n_epoch=2, make=deep, cbs=(), n=48, bs=2, n_step=8, train=one_cycle, **kw):
+def fit(within=None, n_epoch=2, make=deep, cbs=(), n=48, bs=2, n_step=8, train=one_cycle, loss_func=None,
+        **kw):
     set_seed(3)
     mine = [] if within is None else [within]
     acc = AccumulateGradBN(n_step, **{**dict(bn_bs='window', budget='auto'), **kw})
-    return train(learner(wide_dls(n, bs), make(), [*mine, *cbs, acc], loss_func=CrossEntropyLossFlat()), n_epoch)
+    learn = learner(wide_dls(n, bs), make(), [*mine, *cbs, acc], loss_func=loss_func or CrossEntropyLossFlat())
+    return train(learn, n_epoch)
 
 @pytest.fixture(scope='module')
 def undisturbed():
@@ -287,6 +312,7 @@ def windows(pager, n, device=nullcontext):
         with device(), pager:
             saved = [x*i for i in range(10)]
             sum(saved)
+            del saved
 
 def test_the_limit_is_learned_kept_and_rises():
     pager,size = ActivationPager('auto'),1_200_000
@@ -381,19 +407,33 @@ def test_a_window_that_fails_runs_once_more_in_lock_step(plan, at, budget):
     assert piece_of(learn) == 4  # it was learned
 
 def test_a_window_is_undone():
-    "Random numbers, buffers, what modules count, gradients that were none, autocast"
+    "Random numbers, buffers, what model and loss count, gradients that were none, autocast, hooks for saved tensors"
+    class Loss(CrossEntropyLossFlat):
+        n = 0
+        def __call__(self, *args, **kwargs):
+            self.n += 1
+            return super().__call__(*args, **kwargs)*(1+self.n/10)
+    class Saved(Callback):
+        def before_batch(self):
+            self.n = getattr(self, 'n', 0)+self.training
+            self.hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+            self.hooks.__enter__()
+        def after_backward(self): self.hooks.__exit__()
+        def after_batch(self):
+            if not self.training: self.hooks.__exit__()
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.body,self.n = deep(),0
+            self.body,self.n,self.table = deep(),0,torch.ones(3)
+            self.generator = torch.Generator().manual_seed(2)
             self.register_buffer('seen', torch.zeros(()))
-            self.register_buffer('table', torch.ones(3))
         def forward(self, x):
             self.seen += 1
             self.n += 1
-            self.table = self.table*2
-            return self.body(x+torch.rand(1))
-    def run(*cbs, **kw): return fit(*cbs, make=Odd, cbs=[CPUScaler(), MixUp()], micro_bs='auto', **kw)
+            self.table *= 2
+            return self.body(x+torch.rand(1)+torch.rand(1, generator=self.generator)+self.table.mean()/1e3)
+    def run(*cbs):
+        return fit(*cbs, make=Odd, cbs=[CPUScaler(), MixUp(), Saved()], micro_bs='auto', loss_func=Loss())
     a = run()
     failed = []
     def twice(learn):
@@ -411,7 +451,8 @@ def test_a_window_is_undone():
             b = run(within)
     assert failed == [0] and within.device.refused == 2
     assert_same_fit(a, b)
-    assert a.model.n == b.model.n and not torch.is_autocast_enabled('cpu')
+    assert a.model.n == b.model.n and a.saved.n == b.saved.n and a.loss_func.n == b.loss_func.n
+    assert not torch.is_autocast_enabled('cpu') and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 @pytest.mark.parametrize('budget', ['auto', 10**9])
 def test_no_window_runs_three_times(budget):
