@@ -40,7 +40,9 @@ from .batches import cut, is_count, n_samples
 from .copies import parse_budget
 from .counting import CountedWindows, precision, run_window, weights_bytes
 from .fakes import Fakes, cannot_plan, name_of, without_memory
+from .moments import bn_layers
 from .paging import ActivationPager
+from .processes import without_sync
 from .sampling import rng_kept
 from .tracker import LayerTracker
 from .virtual import Card, find_card
@@ -127,8 +129,9 @@ def planned(
     for k,m in model.named_modules():
         if isinstance(m, nn.RNNBase): raise cannot_plan(
             f'{name_of(k)} ({type(m).__name__})', "recurrent layers use a different kernel on every device")
+    # No other process is asked: it may not plan
     with (rng_kept(), torch.autocast('cpu', enabled=False), warnings.catch_warnings(),
-          without_memory(model, loss_func) as fakes):
+          without_sync(bn_layers(model).values()), without_memory(model, loss_func) as fakes):
         warnings.filterwarnings('ignore', '.*alone needs')
         yield fakes
 

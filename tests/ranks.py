@@ -30,6 +30,7 @@ MODES = dict(
     budget=dict(bn_bs='window', budget=BUDGET),
     pieces=dict(bn_bs='window', micro_bs=3),
     all=dict(bn_bs='window', micro_bs=5, budget=BUDGET),
+    auto=dict(bn_bs='window', micro_bs='auto', budget=BUDGET),
     eight_pieces=dict(bn_bs=8, micro_bs=3))
 
 # Ignored targets, by sample

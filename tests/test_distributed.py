@@ -59,7 +59,7 @@ def large_batch(epochs=2):
 
 # --- SyncBatchNorm: BN over both
 
-@pytest.mark.parametrize('mode', ['window','budget','pieces','all'])
+@pytest.mark.parametrize('mode', ['window','budget','pieces','all','auto'])
 def test_two_processes_of_2_x_8_are_one_with_32(got, mode):
     learn = large_batch()
     for o in got(ranks.trained, mode, 'sync'):
