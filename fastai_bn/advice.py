@@ -73,7 +73,7 @@ class _Data:
 
 # %% ../nbs/74_advice.ipynb #7bd011d1
 TRIES = 4   # Budgets to try, each smaller by what the one before exceeded
-SAME_BITS = .95 # Lock step, which agrees to rounding, has to be faster by this factor to be preferred
+SAME_BITS = .96 # Lock step, which agrees to rounding, has to be faster by this factor to be preferred
 MARGIN = .1 # Share of the device's memory for what no plan knows: fragmentation, workspaces, the context
 
 def _rounded(n:int) -> int:
