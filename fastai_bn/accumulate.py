@@ -96,9 +96,10 @@ class _WindowedBatches(WindowedEpochs):
         "Run a batch, and if one operation is too large for the device once more, in lock step"
         learn,ranks,n = self.learn,self.window.ranks,size_of(batch, self.plan.n_inp, self.batches.bs)
         self.pieces.plan(learn, ranks, batch, n)
+        # One sample cannot be cut, and other processes would wait
+        if min(self.pieces.size or n, n) == 1 or ranks.wait(): return self._run(do, i, batch)
         before = BeforeWindow(learn, self._params, batch, self)
-        can_shrink = min(self.pieces.size or n, n) > 1 and not ranks.wait()
-        if self._run(do, i, batch, may_fail=lambda: can_shrink and before.is_intact()): return
+        if self._run(do, i, batch, may_fail=before.is_intact): return
         learn.pred = learn.loss_grad = learn.loss = None  # let go of activations
         self.window.drop()  # once more, now that there is memory
         before.put_back()

@@ -65,7 +65,7 @@ class BeforeWindow:
         batch,  # Its inputs and targets
         own,    # The callback that asks; what it keeps is its own affair
     ):
-        self.learn,self.no_grad = learn,[p for p in params if p.grad is None]
+        self.no_grad = [p for p in params if p.grad is None]
         self.random,self.thread = get_random_states(),ThreadNow()
         others = [learn.loss_func, *[cb for cb in learn.cbs if cb is not own]]
         modules = nn.ModuleList([get_model(learn.model), *[m for o in others for m in modules_of(o)]])
