@@ -16,13 +16,11 @@ from fastai.vision.all import Callback, CrossEntropyLossFlat, MixUp, set_seed
 
 from fastai_bn import storages
 from fastai_bn.all import AccumulateGradBN, ActivationPager, precise_bn
-from fastai_bn.copies import Budget
 from fastai_bn.counting import largest_piece
 from fastai_bn.processes import Ranks
-from fastai_bn.refusals import CALM, is_refusal
-from fastai_bn.tries import planned_piece
+from fastai_bn.refusals import CALM
 from helpers import (
-    F64, CPUScaler, DoAt, RaiseAt, assert_same, assert_same_bits, assert_same_fit, do_fit, get_dls, get_learner, labels,
+    CPUScaler, DoAt, RaiseAt, assert_same, assert_same_bits, assert_same_fit, do_fit, get_dls, get_learner, labels,
     learner, one_cycle, quiet_budget, rounding, tensors, tilted, wide_dls)
 
 pytestmark = quiet_budget
