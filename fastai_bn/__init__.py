@@ -22,6 +22,7 @@ Modules:
 - `fastai_bn.all`: `from fastai_bn.all import *`
 - `fastai_bn.batches`: A DataLoader's micro-batches, joined and cut to the batches that BatchNorm is to see
 - `fastai_bn.capture`: What BatchNorm layers see, from the native kernels at no cost; and updates that wait
+- `fastai_bn.choice`: What is made again instead of moved, looking at what will be on the device then
 - `fastai_bn.copies`: Memory budgets, host buffers, and the stream on which copies run beside the computation
 - `fastai_bn.counting`: Forward and backward pass inside the real pager, on tensors without memory
 - `fastai_bn.demo`: `python -m fastai_bn.demo`: the main job end to end, in minutes on two cores
@@ -34,6 +35,7 @@ Modules:
 - `fastai_bn.hpa`: The Kaggle layout of 4-channel fluorescence images with 28 labels, read into `DataLoaders`
 - `fastai_bn.layers`: Its running statistics, its own `forward`, and the errors that name it
 - `fastai_bn.lockstep`: `MicroBatched`: one large batch computed in micro-batches that meet at every BatchNorm layer
+- `fastai_bn.making`: What was dropped is made by the calls that made it, and a check says whether the bits are the same
 - `fastai_bn.moments`: Count, mean and M2 of what BatchNorm layers see: statistics that merge
 - `fastai_bn.mover`: What an operation needs on the device, who leaves for it, and who returns ahead of time
 - `fastai_bn.normalize`: `image_normalize`: every image by its own statistics; `ImageNormalize`: the same in batches
@@ -44,13 +46,18 @@ Modules:
 - `fastai_bn.precise`: `precise_bn`: population statistics of the final weights, not an average over changing ones
 - `fastai_bn.processes`: Which processes train together, over which of them BN normalises, and what they add up
 - `fastai_bn.reads`: `print(t)` is no operation: what reads a tensor's memory directly brings the tensor back first
+- `fastai_bn.recipes`: How the content of a storage came about, written down so that the same calls make it again
+- `fastai_bn.records`: What the pager knows of one storage, and how a storage leaves and returns
 - `fastai_bn.refusals`: What happens when the device has no memory left: others leave, and the operation runs again
+- `fastai_bn.remaker`: What can be made again is dropped, where that costs less, and made when an operation needs it
+- `fastai_bn.replay`: What a policy would move: demand paging of a recorded order
 - `fastai_bn.report`: How far off running statistics are, how noisy BatchNorm's batches are, and what to do about it
 - `fastai_bn.rows`: Centre and scale of each row of a matrix, precise at any offset, with NumPy's percentiles
 - `fastai_bn.samples`: The one place that knows what a sample is: batches are counted, cut and joined
 - `fastai_bn.sampling`: Which samples a population is measured on: each once, and no random number is drawn for it
 - `fastai_bn.storages`: Who is on the device, and how many bytes that is
 - `fastai_bn.threads`: What a thread is set to, and how to set it back for a while
+- `fastai_bn.toolarge`: What is said when an operation does not fit into the budget alone
 - `fastai_bn.tracker`: Every operation belongs to a layer, in the backward pass, too
 - `fastai_bn.tries`: A window that does not fit although nothing else is on the device runs once more, in lock step
 - `fastai_bn.turns`: Micro-batches that run side by side and wait for each other: `LockStep`

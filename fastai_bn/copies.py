@@ -48,7 +48,7 @@ def parse_budget(
         "`budget` must be bytes as an int >= 1 or a string such as '6GiB' or '500MB', a float between 0 and 1 for that "
         f"share of the free memory, 'auto' for what the device has, or None for no limit, got {budget!r}")
 
-# %% ../nbs/11_copies.ipynb #ca3643f7
+# %% ../nbs/11_copies.ipynb #e1a4a763
 def free_bytes(
     device:torch.device, # Any
 ) -> int:
@@ -63,15 +63,16 @@ class Budget:
     ):
         self.value,self.limits = parse_budget(budget),{}
         self.is_auto = self.value == 'auto'
+        self.is_given = self.value is not None and not self.is_auto
 
     def on(self, device:torch.device) -> int|None: # Bytes; None: no limit
         "Tell the limit on `device`"
-        if self.is_auto: return self.limits.get(device)
+        if not self.is_given: return self.limits.get(device)
         if not isinstance(self.value, float): return self.value
         if device not in self.limits: self.limits[device] = max(1, int(self.value*free_bytes(device)))
         return self.limits[device]
 
-# %% ../nbs/11_copies.ipynb #fe5d7995
+# %% ../nbs/11_copies.ipynb #5893ae15
 class Copies:
     "Copy between the device and a pool of host buffers: in the background on CUDA, else at once"
     def __init__(self):
@@ -132,6 +133,12 @@ class Copies:
                 event = self.side.record_event()
         self.moved += n
         return event
+
+    def run(self, func, args:tuple, kwargs:dict): # What it returns; None: there is no memory
+        "Call an operation that makes something again. No mode sees it, and nothing that stands above the kernels"
+        if self.device.type == 'meta': return None
+        with (torch._C._DisableTorchDispatch(), torch._C._DisableFuncTorch(), torch._C._AutoDispatchBelowAutograd(),
+              torch._C._DisableAutocast()): return func(*args, **kwargs)
 
     def wait(self, event):
         "Let what comes next on the device wait for a copy. The CPU does not wait"

@@ -32,7 +32,7 @@ def tensors_in(
     if isinstance(o, (Tensor, torch.UntypedStorage)): return [o]
     return [t for p in o for t in tensors_in(p)] if isinstance(o, (tuple, list)) else []
 
-# %% ../nbs/12a_mover.ipynb #d0af2705
+# %% ../nbs/12a_mover.ipynb #aa82ba0b
 @cache
 def tensor_args(
     func, # An operator with a schema
@@ -43,16 +43,27 @@ def tensor_args(
     args = enumerate(func._schema.arguments)
     return [(math.inf if a.kwarg_only else i, a.name, written(a)) for i,a in args if has_memory(a)]
 
-# %% ../nbs/12a_mover.ipynb #ea3126c7
+@cache
+def reading_args(
+    func, # An operator with a schema
+) -> tuple[int|None,list[tuple[int,str,bool]]]:
+    "Find BN's argument that says if it trains, and list arguments as `tensor_args` does for when it does not"
+    names = [a.name for a in func._schema.arguments]
+    found = [names.index(k) for k in ('training','train') if k in names and 'running_mean' in names]
+    return (found[0] if found else None), [(i, k, w and not k.startswith('running_')) for i,k,w in tensor_args(func)]
+
+# %% ../nbs/12a_mover.ipynb #3027f4b0
 class Operation:
     "An operation, and the storages that it uses, writes to and makes"
-    __slots__ = 'ledger','func','used','written','made','labels','writes','takes'
+    __slots__ = 'ledger','func','used','written','made','changed','labels','writes','takes'
     def __init__(self, ledger:Ledger, func, args:tuple, kwargs:dict):
         ledger.now += 1
         self.ledger,self.func = ledger,func
         self.used,self.written,self.made = [],[],[]  # records, none of them foreign
+        self.changed = []                            # what it writes to and others are made from
         if isinstance(func, torch._ops.OpOverload):
-            for i,name,written in tensor_args(func):
+            train,listed = reading_args(func)
+            for i,name,written in listed if train is not None and not args[train] else tensor_args(func):
                 for t in tensors_in(args[i] if i < len(args) else kwargs.get(name)): self._use(t, written)
         else: self._use_all(tensors_in(list(tree_iter((args, kwargs)))))
         self.labels = tuple([rec.label for rec in self.used if rec.label >= 0])
@@ -67,6 +78,7 @@ class Operation:
                 self.ledger.pin(self.ledger.find(p))
                 self._use(p, written)
             return
+        if written and rec.value is not None: self.changed.append(rec)
         if rec.foreign: return
         if isinstance(t, nn.Parameter):
             self.ledger.model.note_param(t)
@@ -82,10 +94,10 @@ class Operation:
     def _use_all(self, tensors:list):
         "Enter what an operation without a schema, or with closures, may read and write: anything"
         for t in tensors: self._use(t, True)
-        away = [rec for rec in self.ledger.labels if rec.on_host]
+        away = [rec for rec in self.ledger.labels if rec.away]
         for rec in [*self.ledger.here.values(), *away]:
             if rec.last != self.ledger.now: self._enter(rec, self.used)
-        self.written = self.used
+        self.written,self.changed = self.used,[rec for rec in self.ledger.recs.values() if rec.value is not None]
 
     def count(self, out):
         "Count what has been made"
@@ -117,14 +129,25 @@ class Operation:
         recs = self.used+self.made if self.made else self.used
         return self.ledger.pinned + sum([rec.nbytes for rec in recs if not (rec.pinned or rec.foreign)])
 
-# %% ../nbs/12a_mover.ipynb #f777e174
+# %% ../nbs/12a_mover.ipynb #c3b81da6
+def _copied_for(ledger:Ledger, labels:tuple) -> list[Record]:
+    "List what has to be copied in for a step that uses `labels`"
+    recs = [ledger.labels[label] for label in labels if label < len(ledger.labels)]
+    found = [o for rec in recs if rec() is not None for o in ledger.transport.copied(rec)]
+    return [rec for rec in found if rec.away]
+
+# %% ../nbs/12a_mover.ipynb #36fda556
 class Mover:
     "Decide who leaves the device and who returns"
-    def __init__(self, ledger:Ledger): self.ledger,self.forecast,self.ahead = ledger,ledger.forecast,0
+    def __init__(self, ledger:Ledger): 
+        self.ledger,self.forecast = ledger,ledger.forecast
+        self.used,self.ahead = [],0  # by the operation at hand; the step until which what is needed has returned
 
     def bring(self, op:Operation, growth:int|None):
         "Bring back what `op` uses, and make room for it and for `growth` bytes (None: the step before made it)"
         self._rank(op.used)
+        self.used = op.used
+        if op.changed: self.ledger.transport.before(op)
         if growth is not None: self._load_for(op, growth)
         copies = self.ledger.copies
         for rec in op.used:
@@ -134,15 +157,20 @@ class Mover:
 
     def _load_for(self, op:Operation, growth:int):
         "Bring back what is away, where there is room or others leave"
-        away = [rec for rec in op.used if rec.on_host]
+        for rec in op.used:
+            if self.ledger.transport.is_made(rec):
+                self.make_room(rec.nbytes)
+                self.ledger.load(rec)
+        away = [rec for rec in op.used if rec.away]
         if growth or away or op.takes: self.make_room(growth + sum([rec.nbytes for rec in away]))
         for rec in away: self.ledger.load(rec)
 
     def make_room(self, n:int):
         "Let storages leave until `n` more bytes fit, or nobody is left"
         ledger = self.ledger
+        n += ledger.extra
         if ledger.limit is None or ledger.resident + n <= ledger.limit: return
-        for rec in self.victims():
+        for rec in filter(ledger.transport.may_leave, self.victims()):
             ledger.evict(rec)
             if ledger.resident + n <= ledger.limit: return
 
@@ -154,7 +182,8 @@ class Mover:
         "Sort who may leave, first to leave first: all but what the operation at hand uses, and what is being read"
         recs = [rec for rec in list(self.ledger.here.values()) if rec.last != self.ledger.now and not rec.holds]
         if self.forecast.before is None: return sorted(recs, key=lambda rec: rec.last)  # least recently used
-        return sorted(recs, key=lambda rec: rec.rank, reverse=True)
+        is_cheap = self.ledger.transport.is_cheap
+        return sorted(recs, key=lambda rec: (is_cheap(rec), rec.rank), reverse=True)
 
     def _rank(self, recs:list[Record]):
         "Foresee when `recs` are needed again"
@@ -166,11 +195,19 @@ class Mover:
     def look_ahead(self, op:Operation):
         "After `op`, bring back what the next steps use where there is room; else copy out what will have to leave"
         f,ledger = self.forecast,self.ledger
+        if f.before is None and ledger.transport.saves_at_once: self._let_idle_leave()
         if f.before is None or ledger.limit is None: return
         self._rank(op.made)
         room = ledger.limit - ledger.resident - max(0, f.before.high[f.at-1] - ledger.alive)
         if room > 0: self._load_ahead(room)
-        elif room < 0 and f.at%(AHEAD//4) == 0: self._copy_ahead(-room)
+        elif room < 0 and f.at%(AHEAD//4) == 0 and not ledger.transport.saves_at_once: self._copy_ahead(-room)
+
+    def _let_idle_leave(self):
+        "Without a forecast or a limit, let leave what was not used for long"
+        if self.ledger.now%(AHEAD//4): return
+        for rec in self.victims():
+            if self.ledger.now-rec.last < AHEAD: return
+            if self.ledger.transport.may_leave(rec): self.ledger.evict(rec)
 
     def _load_ahead(self, room:int):
         "Bring back what the next steps use, as far as `room` goes"
@@ -178,11 +215,10 @@ class Mover:
         steps = f.before.steps
         self.ahead = max(self.ahead, f.at)
         while room > 0 and self.ahead < min(f.at+AHEAD, len(steps)):
-            for label in steps[self.ahead].uses:
-                rec = ledger.labels[label] if label < len(ledger.labels) else None
-                if rec is None or not rec.on_host or rec() is None: continue
+            due = ledger.transport.due(self.ahead)
+            for rec in _copied_for(ledger, steps[self.ahead].uses):
                 room -= rec.nbytes
-                if room < 0 or ledger.resident + rec.nbytes > ledger.limit: return  # it may just have been lowered
+                if room < due or ledger.resident + rec.nbytes > ledger.limit: return  # it may just have been lowered
                 ledger.load(rec)
             self.ahead += 1
 
@@ -194,7 +230,8 @@ class Mover:
             if n <= 0 or rec.rank < horizon: return
             if f.before.ends.get(rec.label, math.inf) < horizon: continue  # gone by then
             st = rec()
-            if st is not None and is_movable(st): rec.copy_out(self.ledger.copies, st)
+            if st is not None and is_movable(st) and not self.ledger.transport.is_cheap(rec):
+                rec.copy_out(self.ledger.copies, st)
             n -= rec.nbytes
 
 # %% ../nbs/12a_mover.ipynb #2d7c76c8
@@ -212,16 +249,16 @@ def return_all(
     ) from error
     if error is not None and not isinstance(error, Exception): raise error
 
-# %% ../nbs/12a_mover.ipynb #18f9dc16
+# %% ../nbs/12a_mover.ipynb #1225670e
 def _load_all(ledger:Ledger) -> tuple[list[Record],BaseException|None]: # Who is still away, and why
     "Bring back all that is alive, in two tries"
     error = None
     for _ in range(2):
-        away = [rec for rec in list(ledger.recs.values()) if rec.on_host and rec() is not None]
+        away = [rec for rec in list(ledger.recs.values()) if rec.away and rec() is not None]
         for rec in away:
             try: ledger.load(rec)
             except BaseException as e: error = e.with_traceback(None)  # which would keep alive what is in its frames
-    return [rec for rec in away if rec.on_host],error
+    return [rec for rec in away if rec.away],error
 
 def _let_go(ledger:Ledger):
     "End all copies, and forget everything"

@@ -107,18 +107,20 @@ def _there(block, t:Tensor, stays:bool):
         if stays and not locked: reads.hold(recs, 1)  # for good
     finally: reads.hold(recs, -1)
 
-# %% ../nbs/12b_reads.ipynb #6100f64a
+# %% ../nbs/12b_reads.ipynb #5ddebda3
 def _lock_for(block, recs:list[Record]) -> bool:
     "Wait for the lock of `block`. False where an operation runs and `recs` are there"
     while not block.lock.acquire(timeout=.01):
-        if block.running and not any([rec.on_host for rec in recs]): return False
+        if block.running and not any([rec.away for rec in recs]): return False
     return True
 
 def _bring_locked(block, recs:list[Record], stay:bool):
     "Bring back `recs` and release the lock of `block`"
     try:
         for rec in recs:
-            if rec.on_host: block.mover.make_room(rec.nbytes)
+            if rec.away: block.mover.make_room(rec.nbytes)
             block.ledger.bring_back(rec)
-            if stay: block.ledger.pin(rec)
+            if not stay: continue
+            block.ledger.pin(rec)
+            block.ledger.transport.expose(rec)
     finally: block.lock.release()

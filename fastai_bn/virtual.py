@@ -114,7 +114,7 @@ class Clock(TorchDispatchMode):
         self.host = self.device = max(self.host, self.device)
         return self.host
 
-# %% ../nbs/72_virtual.ipynb #f7505ebf
+# %% ../nbs/72_virtual.ipynb #430a33f9
 class ClockedCopies(Copies):
     "Copies that take time on the bus of a virtual device, and no memory"
     def __init__(self, clock:Clock):
@@ -135,6 +135,12 @@ class ClockedCopies(Copies):
         self.end = max(self.end, self.clock.device, self.clock.host) + COPY + n/speed
         self.moved += n
         return self.end
+
+    def run(self, func, args:tuple, kwargs:dict):
+        "Have time pass for an operation that makes something again"
+        clock = self.clock
+        clock.host += clock.per_op
+        clock.device = max(clock.device, clock.host) + clock.seconds(func, args, kwargs, ())
 
     def wait(self, event:float):
         "Let the device wait for a copy"

@@ -15,7 +15,7 @@ import torch.autograd.forward_ad as fwAD
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from fastai_bn import storages
+from fastai_bn import remaker, storages
 from fastai_bn.paging import ActivationPager
 from helpers import data_base, tensors
 
@@ -160,6 +160,37 @@ def test_operators(part):
         for dtype in DTYPES:
             if op.supports_dtype(dtype, 'cpu'): check_operator(tally, op, dtype)
     tally.done()
+
+@pytest.fixture
+def _all_is_made_again(monkeypatch):
+    "What leaves is made again wherever that can be, whatever it costs"
+    monkeypatch.setattr(remaker.Chooser, 'fits', lambda self, rec, used: self.find(rec.value, rec.rank) is not None)
+    monkeypatch.setattr(remaker.Chooser, 'is_chosen', lambda self, rec: self.choice is not None)
+
+@pytest.mark.usefixtures('_all_is_made_again')
+@pytest.mark.parametrize('part', range(PARTS))
+def test_operators_made_again(part):
+    "All that an operator makes is dropped, and made by the operator again; the first of two blocks checks it"
+    made,wrong,differed = 0,[],set()
+    for op in data_base('common_methods_invocations', 'op_db')[part::PARTS]:
+        if op.name in NOT_FILLED or not has_grad(op, torch.float32): continue
+        torch.manual_seed(0)
+        for s in itertools.islice(op.sample_inputs_func(op, 'cpu', torch.float32, True), 1):
+            def f(x, args, kwargs): return s.output_process_fn_grad(op(x, *args, **kwargs))
+            pager,inputs = ActivationPager(1),(s.input,s.args,s.kwargs)
+            try: want = result(used_later, f, inputs, Idle())
+            except Exception: continue
+            for _ in range(2): got = result(used_later, f, inputs, pager)
+            made += pager.remade
+            if pager.differed: differed.add(op.name)
+            if not (same(got, want) or not same(want, result(used_later, f, inputs, Idle()))): wrong.append(op.name)
+    assert made > 1000 and not wrong and not differed, (made, wrong, differed)
+
+def used_later(f, inputs):
+    "Results and gradients, which all wait for something else before they are used"
+    outs,grads = backward(f, inputs)
+    torch.zeros(2).add_(1)
+    return [t.detach()+0 if t.layout is torch.strided else t for t in tensors((outs, grads))]
 
 def as_function(info, sample, training):
     "What a module gives, the gradients of its parameters, and its buffers, for a sample's arguments"

@@ -258,7 +258,7 @@ def test_the_first_window_moves_what_lru_moves_and_the_second_what_belady_moves(
     free = ActivationPager(None)
     step(m, x, y, free)
     for budget in (free.peak//2, free.peak//4, free.peak//10):
-        pager,moved = ActivationPager(budget),[0]
+        pager,moved = ActivationPager(budget, remake=False),[0]
         for _ in range(3):
             step(m, x, y, pager)
             moved.append(pager.moved)
