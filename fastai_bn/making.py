@@ -74,7 +74,7 @@ def have_same_bits(
         pieces = [(i, min(_PIECE, n-i)) for i in range(0, n, _PIECE)]
         return all(torch.equal(_bytes_at(a, *o), _bytes_at(b, *o).to(a.device)) for o in pieces)
 
-# %% ../nbs/12e_making.ipynb #82d2b032
+# %% ../nbs/12e_making.ipynb #6374471e
 class Maker:
     "Make values again"
     def __init__(self, mover:Mover, remakes:Remakes):
@@ -119,6 +119,7 @@ class Maker:
             if value.rec.away: self.mover.make_room(value.rec.nbytes)
             self.ledger.bring_back(value.rec)
             return value.rec()
+        if not value.calls: raise LookupError('What a dropped storage is made from is gone')
         self.ledger.extra += value.rec.nbytes
         self.mover.make_room(0)
         st = self.ledger.attempt(partial(_new_storage, value.rec.nbytes, self.ledger.device))

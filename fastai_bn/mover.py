@@ -32,13 +32,16 @@ def tensors_in(
     if isinstance(o, (Tensor, torch.UntypedStorage)): return [o]
     return [t for p in o for t in tensors_in(p)] if isinstance(o, (tuple, list)) else []
 
-# %% ../nbs/12a_mover.ipynb #aa82ba0b
+# %% ../nbs/12a_mover.ipynb #6e1438fc
 @cache
 def tensor_args(
     func, # An operator with a schema
 ) -> list[tuple[int,str,bool]]:
     "List arguments of `func` with tensors or storages: position, name, and whether they are written to"
-    def written(a): return a.name.startswith('running_') or a.alias_info is not None and a.alias_info.is_write
+    is_collective = 'c10d' in func.namespace  # their schemas do not say what they write to
+    def written(a):
+        is_write = a.alias_info is not None and a.alias_info.is_write
+        return is_collective or a.name.startswith('running_') or is_write
     def has_memory(a): return 'Tensor' in str(a.type) or 'Storage' in str(a.type)
     args = enumerate(func._schema.arguments)
     return [(math.inf if a.kwarg_only else i, a.name, written(a)) for i,a in args if has_memory(a)]
@@ -52,7 +55,7 @@ def reading_args(
     found = [names.index(k) for k in ('training','train') if k in names and 'running_mean' in names]
     return (found[0] if found else None), [(i, k, w and not k.startswith('running_')) for i,k,w in tensor_args(func)]
 
-# %% ../nbs/12a_mover.ipynb #3027f4b0
+# %% ../nbs/12a_mover.ipynb #8565e537
 class Operation:
     "An operation, and the storages that it uses, writes to and makes"
     __slots__ = 'ledger','func','used','written','made','changed','labels','writes','takes'
@@ -97,7 +100,7 @@ class Operation:
         away = [rec for rec in self.ledger.labels if rec.away]
         for rec in [*self.ledger.here.values(), *away]:
             if rec.last != self.ledger.now: self._enter(rec, self.used)
-        self.written,self.changed = self.used,[rec for rec in self.ledger.recs.values() if rec.value is not None]
+        self.written,self.changed = self.used,[rec for rec in list(self.ledger.recs.values()) if rec.value is not None]
 
     def count(self, out):
         "Count what has been made"
@@ -249,7 +252,7 @@ def return_all(
     ) from error
     if error is not None and not isinstance(error, Exception): raise error
 
-# %% ../nbs/12a_mover.ipynb #1225670e
+# %% ../nbs/12a_mover.ipynb #e2f76580
 def _load_all(ledger:Ledger) -> tuple[list[Record],BaseException|None]: # Who is still away, and why
     "Bring back all that is alive, in two tries"
     error = None
@@ -266,6 +269,8 @@ def _let_go(ledger:Ledger):
     for rec in list(ledger.recs.values()):
         rec.wait_for_copy(ledger.copies)
         rec.drop_copy(ledger.copies)
+        if rec.value is not None: rec.value.hold([])
+        rec.value = None
         rec.foreign = True  # its death no longer matters
     for o in (ledger.recs, ledger.here, ledger.labels): o.clear()
     ledger.copies.trim()

@@ -161,7 +161,7 @@ class Call(NamedTuple):
             t = res[self.out] if isinstance(res, (tuple, list)) else res
             torch.empty(0, dtype=t.dtype, device=st.device).set_(st, 0, t.shape, t.stride()).copy_(t)
 
-# %% ../nbs/12d_recipes.ipynb #3daf7fc5
+# %% ../nbs/12d_recipes.ipynb #baa27a53
 class Value:
     "What a storage holds until somebody writes to it"
     __slots__ = ('rec',       # of the storage; it has another value once it was written to
@@ -172,12 +172,13 @@ class Value:
                  'kept',      # these storages
                  'unchecked', # while it is away: looks of recipes that have to give the same bits, or None
                  'tried',     # has it left once to be checked?
-                 'seen')      # `look`, once somebody asked
+                 'seen',      # `look`, once somebody asked
+                 'is_ending') # is it about to be written over?
     def __init__(self, rec:Record, calls:tuple=()):
         self.rec,self.calls = rec,calls
         self.sources = tuple(dict.fromkeys([p.value for c in calls for p in c.parts() if p.value is not None]))
         self.needed_by,self.held,self.kept = set(),[],[]
-        self.unchecked,self.tried,self.seen = None,False,None
+        self.unchecked,self.tried,self.seen,self.is_ending = None,False,None,False
 
     @property
     def is_there(self) -> bool:

@@ -28,7 +28,7 @@ from .storages import Ledger, Record, Transport
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/12f_remaker.ipynb #1f4251a0
+# %% ../nbs/12f_remaker.ipynb #527af66f
 class Recorder:
     "Write down how storages are made, and notice what changes"
     def __init__(self, mover:Mover, choice:Choice|None):
@@ -37,16 +37,20 @@ class Recorder:
 
     def before(self, op:Operation):
         "Prepare for an operation that writes to storages"
-        op.changed = [(rec, rec.value) for rec in op.changed]
+        op.changed = [(rec, rec.value) for rec in {id(o):o for o in op.changed}.values()]
         self.release([rec for rec,_ in op.changed])
 
     def release(self, recs:list[Record]):
         "Have nothing depend on what `recs` hold"
-        waiting = [*recs, *[o.rec for rec in recs for o in rec.value.needed_by]]
-        reads.hold(waiting, 1)
+        # From now on what is made from them is copied when it leaves
+        for rec in recs: rec.value.is_ending = True
+        reads.hold(recs, 1)
         try:
-            for rec in waiting: self._return(rec)
-        finally: reads.hold(waiting, -1)
+            for rec in recs: self._return(rec)
+            for value in [o for rec in recs for o in list(rec.value.needed_by)]:
+                self._return(value.rec)
+                value.hold([])
+        finally: reads.hold(recs, -1)
         for rec in recs:
             self.ledger.forecast.order.recipes.pop(rec.label, None)
             rec.value.hold([])
@@ -120,7 +124,7 @@ def _labels(value:Value, depth:int=CHAIN) -> tuple[tuple,list[Value]]: # Labels;
             gone += [o, *behind]
     return tuple(dict.fromkeys(labels)),gone
 
-# %% ../nbs/12f_remaker.ipynb #c6a672c7
+# %% ../nbs/12f_remaker.ipynb #aa033f69
 class Chooser:
     "Say what is made again, and from what"
     def __init__(self, ledger:Ledger, remakes:Remakes, choice:Choice|None):
@@ -148,18 +152,22 @@ class Chooser:
         need = sum([o.nbytes for o in recs.values()]) + _scratch(rec.value, gone)
         return self.ledger.pinned + need <= self.ledger.limit
 
-    def find(self, value:Value, n:float, depth:int=CHAIN) -> tuple[list[Value],list[Value]]|None:
+    def find(self, value:Value, n:float) -> tuple[list[Value],list[Value]]|None:
         "List what `value` is made from at step `n`: what is held until then, and what is made in between"
-        held,gone = [],[]
+        is_gone = {}
+        if value.is_ending or not self._find(value, n, is_gone, CHAIN): return None
+        return [o for o,gone in is_gone.items() if not gone],[o for o,gone in is_gone.items() if gone]
+
+    def _find(self, value:Value, n:float, is_gone:dict, depth:int) -> bool:
+        "Enter what `value` is made from, each once. False: it cannot be made"
         for o in value.sources:
-            found = None
-            if not (o.is_there and self._lives(o.rec, n)) and o.calls and depth: found = self.find(o, n, depth-1)
-            if found is not None:
-                held += found[0]
-                gone += [o, *found[1]]
-            elif o.is_there: held.append(o)
-            else: return None
-        return list(dict.fromkeys(held)),gone
+            if o in is_gone: continue
+            if o.is_ending: return False
+            is_gone[o] = not (o.is_there and self._lives(o.rec, n))
+            if not is_gone[o] or o.calls and depth and self._find(o, n, is_gone, depth-1): continue
+            if not o.is_there: return False
+            is_gone[o] = False
+        return True
 
     def _lives(self, rec:Record, n:float) -> bool:
         "Will `rec` be alive at step `n`, as far as is known?"
@@ -175,7 +183,7 @@ def _is_link(value:Value, held:list[Value]) -> bool:
     "Would making `value` from `held` be part of a chain?"
     return any([o.needed_by or o.rec.away and o.rec.host is None for o in (value, *held)])
 
-# %% ../nbs/12f_remaker.ipynb #2563d3b7
+# %% ../nbs/12f_remaker.ipynb #0e91a79d
 class Remaker(Transport):
     "Have storages made again, where that gives the same bits and was chosen as the cheaper way"
     def __init__(self, mover:Mover, remakes:Remakes, is_foreseen:bool):
@@ -195,7 +203,7 @@ class Remaker(Transport):
 
     def is_cheap(self, rec:Record) -> bool: return self.chooser.is_chosen(rec)
 
-    def due(self, step:int) -> int: return sum([rec.nbytes for rec in self.dropped.values() if rec.rank <= step])
+    def due(self, step:int) -> int: return sum([rec.nbytes for rec in list(self.dropped.values()) if rec.rank <= step])
 
     def may_leave(self, rec:Record) -> bool:
         return self.remakes.moves or self.chooser.plan(rec) is not None
@@ -228,6 +236,7 @@ class Remaker(Transport):
         except BaseException:
             st.resize_(0)
             raise
+        rec.away = False  # before what it was made from may go
         rec.value.hold(self.recorder.for_good(rec.value))
         self.dropped.pop(rec.label, None)
 

@@ -2,6 +2,7 @@
 import copy
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -252,6 +253,33 @@ def test_what_was_made_from_something_that_changes_keeps_its_bits(how):
     saves = ActivationPager(None, True)
     for _ in range(4): assert_equal(window(model, x, y, saves), want)
 
+@pytest.mark.parametrize('room', [3, 4, 6, 8])
+def test_a_source_of_many_that_changes_unforeseen(room):
+    "All that was made from it returns first; what leaves for that is copied"
+    def run(changes, pager=nullcontext()):
+        torch.manual_seed(0)
+        with pager:
+            h = torch.randn(1024).cumsum(0)
+            many = [h*(i+2) for i in range(10)]
+            others = [torch.randn(1024).cumsum(0) for _ in range(3)]
+            if changes: h.add_(1)
+            last = h.cumsum(0)
+            return [*[o.cumsum(0) for o in many], last, *others]
+    pager = ActivationPager(room*4096)
+    for _ in range(3): assert_equal(run(False, pager), run(False))
+    for _ in range(2): assert_equal(run(True, pager), run(True))
+    assert pager.remade
+
+def test_one_operation_writes_to_two_parts_of_a_source():
+    def run(pager=nullcontext()):
+        with pager:
+            w = torch.arange(2048.)
+            y = w[:1024].sin()
+            torch._foreach_mul_([w[:1024], w[1024:]], 2.)
+            return [y.cumsum(0), w]
+    pager = ActivationPager(3*4096)
+    for _ in range(3): assert_equal(run(pager), run())
+
 def test_a_source_of_numpys_is_not_trusted():
     "Whoever has the array writes to it when he likes"
     import numpy as np
@@ -343,7 +371,11 @@ def test_nothing_is_kept_alive():
     refs = []
     def note(m, x, out): refs.append(weakref.ref(out.untyped_storage()))
     handles = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
-    for _ in range(3): window(model, x, y, pager)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3): window(model, x, y, pager)
+    finally: gc.enable()
     gc.collect()
     del handles
     assert refs and not any(r() is not None for r in refs)
