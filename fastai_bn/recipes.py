@@ -14,7 +14,7 @@ Docs: https://fastai-bn.github.io/fastai_bn/recipes.html.md"""
 # %% ../nbs/12d_recipes.ipynb #51d91c52
 from __future__ import annotations
 import math
-from functools import cache, cached_property
+from functools import cache
 from typing import NamedTuple
 
 import torch

@@ -90,9 +90,8 @@ class Recorder:
         order = self.ledger.forecast.order
         value = Value(rec, calls)
         labels,gone = _labels(value)
-        scratch = max([c.scratch for o in (value, *gone) for c in o.calls]) + sum([o.rec.nbytes for o in gone])
         rec.value = value
-        order.recipes[rec.label] = Recipe(labels, len(order.steps)-1, scratch, _work(value))
+        order.recipes[rec.label] = Recipe(labels, len(order.steps)-1, _scratch(value, gone), _work(value))
         value.hold(self.for_good(value))
 
     def for_good(self, value:Value) -> list[Value]:
@@ -122,7 +121,7 @@ def _labels(value:Value, depth:int=CHAIN) -> tuple[tuple,list[Value]]: # Labels;
             more,behind = _labels(o, depth-1)
             labels += more
             gone += [o, *behind]
-    return tuple(dict.fromkeys(labels)),gone
+    return tuple(dict.fromkeys(labels)),list(dict.fromkeys(gone))
 
 # %% ../nbs/12f_remaker.ipynb #aa033f69
 class Chooser:
