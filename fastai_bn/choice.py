@@ -109,6 +109,7 @@ class Choice:
     ) -> float: # Bytes that move, or as much; infinity: it cannot be
         "Tell what it costs to make a storage"
         sizes,recipe = self.order.sizes,self.order.recipes[label]
+        if any([self.order.next_write(o, recipe.at+1) < n for o in recipe.sources]): return math.inf
         used = self.order.steps[n].uses
         room -= sizes[label] + recipe.scratch + sum([sizes[o] for o in recipe.sources if o not in used])
         if room < 0: return math.inf

@@ -35,6 +35,11 @@ class Step:
     grow: int = 0     # The most that `base` grows until the next step
     new: list = field(default_factory=list) # Storages that appear until the next step
 
+def _first(steps:list[int], at:int) -> float:
+    "Find the first of sorted `steps` from `at` on"
+    i = bisect_left(steps, at)
+    return steps[i] if i < len(steps) else math.inf
+
 class Recipe(NamedTuple):
     "How what a storage holds can be made again"
     sources: tuple # Labels of what it is made from
@@ -58,6 +63,14 @@ class Order:
         return res
 
     @cached_property
+    def writes(self) -> list[list[int]]: # The steps that write to it, by label
+        "List when each storage is written to"
+        res = [[] for _ in self.sizes]
+        for i,s in enumerate(self.steps):
+            for label in s.writes: res[label].append(i)
+        return res
+
+    @cached_property
     def ends(self) -> dict[int,int]: # The step before which it died, by label
         "Tell when each storage died, if it did"
         return {label:i for i,s in enumerate(self.steps) for label in s.dead}
@@ -73,9 +86,11 @@ class Order:
         at:int,    # The first step that counts
     ) -> float: # A step; infinity: none
         "Find when a storage is used from step `at` on"
-        uses = self.uses[label]
-        i = bisect_left(uses, at)
-        return uses[i] if i < len(uses) else math.inf
+        return _first(self.uses[label], at)
+
+    def next_write(self, label:int, at:int) -> float: # A step; infinity: none
+        "Find when a storage is written to from step `at` on"
+        return _first(self.writes[label], at)
 
 # %% ../nbs/10_forecast.ipynb #f6495f7b
 AHEAD = 32 # steps that the pager looks ahead

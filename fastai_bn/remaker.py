@@ -102,26 +102,28 @@ class Recorder:
         return [o for o in _behind(value) if o.is_there and (o.rec.label < 0 or o.rec.label in labels)]
 
 # %% ../nbs/12f_remaker.ipynb #b58265a9
-def _behind(value:Value, depth:int=CHAIN) -> list[Value]:
+def _behind(value:Value) -> list[Value]:
     "List what `value` is made from, and what that is made from"
-    found = [*value.sources, *[p for o in value.sources if depth for p in _behind(o, depth-1)]]
-    return list(dict.fromkeys(found))
+    found = last = dict.fromkeys(value.sources)
+    for _ in range(CHAIN):
+        last = dict.fromkeys([p for o in last for p in o.sources if p not in found])
+        found = {**found, **last}
+    return list(found)
 
 def _work(value:Value) -> int:
     "Count the bytes that the calls of `value` read and write"
     return sum([o.nbytes for c in value.calls for o in (*c.parts(), *c.made)])
 
-def _labels(value:Value, depth:int=CHAIN) -> tuple[tuple,list[Value]]: # Labels; what is gone
+def _labels(value:Value) -> tuple[tuple,list[Value]]: # Labels; what is gone
     "List what `value` is made from now, and what is made in between. Raises `Unknown` if it cannot be"
-    labels,gone = [],[]
-    for o in value.sources:
-        if o.is_there: labels += [o.rec.label]*(o.rec.label >= 0)
-        elif not o.calls or not depth: raise Unknown
-        else:
-            more,behind = _labels(o, depth-1)
-            labels += more
-            gone += [o, *behind]
-    return tuple(dict.fromkeys(labels)),list(dict.fromkeys(gone))
+    there,gone,last = {},{},[value]
+    for _ in range(CHAIN+1):
+        found = dict.fromkeys([o for v in last for o in v.sources if o not in gone])
+        there.update({o.rec.label:None for o in found if o.is_there and o.rec.label >= 0})
+        last = [o for o in found if not o.is_there]
+        gone.update(dict.fromkeys(last))
+    if last or any([not o.calls for o in gone]): raise Unknown
+    return tuple(there),list(gone)
 
 # %% ../nbs/12f_remaker.ipynb #aa033f69
 class Chooser:

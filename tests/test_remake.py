@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet50
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, set_seed
 
-from fastai_bn import making, recipes, storages
+from fastai_bn import making, recipes, remaker, storages
 from fastai_bn.accumulate import AccumulateGradBN
 from fastai_bn.choice import Choice, Horizon
 from fastai_bn.copies import Copies
@@ -295,6 +295,23 @@ def test_a_source_of_numpys_is_not_trusted():
     pager = ActivationPager(40_000)
     assert [run(pager) for _ in range(4)] == [2*64*64]*4
 
+@pytest.mark.parametrize('gathers', [False, True])
+def test_a_collective_writes_to_a_source(tmp_path, gathers):
+    dist = torch.distributed
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/rdzv', rank=0, world_size=1)
+    def run(gathers, pager=nullcontext()):
+        torch.manual_seed(0)
+        with pager:
+            t,u = torch.randn(1024).cumsum(0),torch.randn(1024).cumsum(0)
+            v,others = t.sin(),[torch.randn(1024).cumsum(0) for _ in range(6)]
+            if gathers: dist.all_gather([t], u)
+            return [v.cumsum(0), t.cumsum(0), u, *others]
+    try:
+        pager = ActivationPager(4*4096)
+        for i in range(5): assert_equal(run(gathers and i > 2, pager), run(gathers and i > 2))
+        assert pager.remade
+    finally: dist.destroy_process_group()
+
 def test_random_numbers_are_not_made_again():
     drawn = aten.native_dropout.default,aten.bernoulli_.float,aten.rand_like.default,aten.rrelu_with_noise.default
     assert not any(map(recipes.is_cheap, drawn))
@@ -364,6 +381,30 @@ def test_an_error_while_something_is_made_leaves_everything_as_it_was(monkeypatc
     handle.remove()
     h2.remove()
     for _ in range(2): assert_equal(window(model, x, y, pager), want)
+
+def test_an_interrupt_once_something_was_made(monkeypatch):
+    "What it was made from has died by then, unforeseen"
+    def run(pager=nullcontext(), kept=None, dies=False):
+        torch.manual_seed(0)
+        with pager:
+            h = torch.randn(1024).cumsum(0)
+            many = [h.sin(), *[torch.randn(1024).cumsum(0) for _ in range(6)]]
+            if kept is not None: kept += many
+            if dies: del h
+            return [*[o.cumsum(0) for o in many], *([] if dies else [h.cumsum(0)])]
+    pager,kept,want = ActivationPager(4*4096),[],[]
+    for _ in range(3): run(pager)
+    assert pager.remade
+    run(kept=want, dies=True)
+    real = remaker.Remaker._make
+    def interrupted(self, *args):
+        real(self, *args)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(remaker.Remaker, '_make', interrupted)
+        with pytest.raises(KeyboardInterrupt): run(pager, kept, dies=True)
+    assert_equal(kept, want)
+    for _ in range(2): assert_equal(run(pager), run())
 
 def test_nothing_is_kept_alive():
     model,x,y = net_of('inplace')
@@ -500,6 +541,16 @@ def test_on_paper_nothing_that_does_not_fit_is_chosen():
         for n in CHAINS:
             replay = Replay(order, limit, choice=Choice(order, Horizon(order, limit), n)).run()
             assert replay.over <= Replay(order, limit).run().over
+
+def test_on_paper_nothing_is_made_from_what_changes_in_between():
+    "a = read(); b = a.sin(); a.add_(1); ...; b is used"
+    def order(writes):
+        first = Step(None, (), (), (), 0, 1, [0])
+        steps = [first, Step('sin', (0,), (), (), 1, 1, [1]), Step('add_', (0,), writes, (), 2),
+                 Step('more', (0,), (), (), 2, 2, [2]), Step('last', (0, 1), (), (2,), 2)]
+        return Order(steps, [1, 1, 2], {1:Recipe((0,), 1, 0, 2)})
+    assert moved_bytes(order(()), 3, 'remake') == 0
+    assert moved_bytes(order((0,)), 3, 'remake') == moved_bytes(order((0,)), 3) > 0
 
 def test_on_paper_the_least_limit_moves_nothing():
     order = chain_order()
