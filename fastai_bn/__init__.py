@@ -37,8 +37,9 @@ Modules:
 - `fastai_bn.lockstep`: `MicroBatched`: one large batch computed in micro-batches that meet at every BatchNorm layer
 - `fastai_bn.making`: What was dropped is made by the calls that made it, and a check says whether the bits are the same
 - `fastai_bn.moments`: Count, mean and M2 of what BatchNorm layers see: statistics that merge
-- `fastai_bn.mover`: What an operation needs on the device, who leaves for it, and who returns ahead of time
+- `fastai_bn.mover`: Who leaves for an operation, and who returns ahead of time
 - `fastai_bn.normalize`: `image_normalize`: every image by its own statistics; `ImageNormalize`: the same in batches
+- `fastai_bn.operations`: What an operation uses, writes to and makes
 - `fastai_bn.paging`: `ActivationPager`: any model within a fixed amount of device memory, bit for bit the same
 - `fastai_bn.plan`: `memory_plan`: what a batch takes, and what each remedy would, before anything is allocated
 - `fastai_bn.pooled`: BatchNorm over micro-batches that are never together: three autograd functions and their gradient
@@ -55,6 +56,7 @@ Modules:
 - `fastai_bn.rows`: Centre and scale of each row of a matrix, precise at any offset, with NumPy's percentiles
 - `fastai_bn.samples`: The one place that knows what a sample is: batches are counted, cut and joined
 - `fastai_bn.sampling`: Which samples a population is measured on: each once, and no random number is drawn for it
+- `fastai_bn.schedule`: When copies begin: out as soon as nobody needs a storage for long, in as soon as there is room
 - `fastai_bn.storages`: Who is on the device, and how many bytes that is
 - `fastai_bn.threads`: What a thread is set to, and how to set it back for a while
 - `fastai_bn.toolarge`: What is said when an operation does not fit into the budget alone

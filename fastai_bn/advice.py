@@ -26,6 +26,7 @@ from fastai.torch_core import get_model
 from torch import nn
 
 from .batches import is_count, join, n_inputs, size_of
+from .copies import has_own_memory, total_bytes
 from .counting import CountedWindows, checked_loss, largest_piece, mixed_precision, weights_bytes
 from .fakes import CannotPlan, stand_ins
 from .paging import ActivationPager
@@ -200,7 +201,7 @@ def _memory(memory, card:Card|None, model:nn.Module) -> int|None:
     "Read the device's memory. Raise `ValueError` for what is no number of bytes"
     device = _device_of(model)
     if memory is None and card is not None: return card.memory
-    if memory is None: return torch.cuda.mem_get_info(device)[1] if device.type == 'cuda' else None
+    if memory is None: return total_bytes(device) if has_own_memory(device) else None
     return read_bytes('memory', memory)
 
 def _check(n_step):

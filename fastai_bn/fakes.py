@@ -24,7 +24,7 @@ from torch._subclasses import fake_tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
-from .mover import tensors_in
+from .operations import tensors_in
 from .samples import rebuild
 from .tracker import LayerTracker
 from .turns import PerBatchState

@@ -173,6 +173,7 @@ BATCH = '(batch)' # what was there before the first operation
 
 class _LayerPager(ActivationPager):
     "A pager that counts, and notes which layers hold what at the peak"
+    sees_all = True
     def __init__(self, tracker:LayerTracker):
         super().__init__(None)
         self.tracker,self.owners,self.layers = tracker,{},{}

@@ -20,22 +20,21 @@ from .copies import Copies
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/11a_records.ipynb #0089ff7c
+# %% ../nbs/11a_records.ipynb #a3d79a70
 class Record(weakref.ref):
     "What is known of a storage; a weak reference to it"
-    __slots__ = ('key',     # address of the storage, the key of `Ledger.recs`
-                 'nbytes',  # its size when it is on the device
-                 'label',   # its number in the order of appearance; -1: too small to be moved, or not ours
-                 'host',    # a valid copy in host memory, kept until the storage is written to
-                 'away',    # is it not on the device?
-                 'event',   # end of a copy under way
-                 'foreign', # not counted: a parameter, buffer or gradient, or on another device
-                 'pinned',  # counted, but not to be moved
-                 'holds',   # how many are reading it past all operations
-                 'last',    # the operation that used it last
-                 'rank',    # by the forecast; the highest leaves first
-                 'value',   # how what it holds was made, if that is known
-                 'shared')  # may others write to it, past all operations?
+    # Each has `key`, the address of the storage and its key in `Ledger.recs`, and `nbytes`, its size on the device
+    foreign = False # not counted: a parameter, buffer or gradient, or on another device
+    pinned = False # counted, but not to be moved
+    label = -1     # its number in the order of appearance; -1: too small to be moved, or not ours
+    host = None    # a valid copy in host memory, kept until the storage is written to
+    away = False   # is it not on the device?
+    event = None   # end of a copy under way
+    counts = False # does it hold whole numbers on the CPU?
+    holds = 0      # how many are reading it past all operations
+    last = 0       # the operation that used it last
+    value = None   # how what it holds was made, if that is known
+    shared = False # may others write to it, past all operations?
 
     def wait_for_copy(self, copies:Copies):
         "Let what comes next wait for the copy under way"
@@ -53,24 +52,22 @@ class Record(weakref.ref):
         "Make the copy that lets the storage go"
         if self.host is not None: return
         buf = copies.take(self.nbytes)
-        try: self.event,self.host = copies.start(buf, st, self.nbytes),buf
+        try: self.event,self.host = copies.copy_out(st, buf),buf
         finally:
             if self.host is None: copies.give(buf, self.nbytes)
 
-# %% ../nbs/11a_records.ipynb #d1b233fb
+# %% ../nbs/11a_records.ipynb #a7419575
 class Transport:
     "How storages leave and return: by a copy in host memory"
-    saves_at_once = False # Does what may leave do so in the first block, too, if there is no limit?
     def __init__(self, copies:Copies): self.copies = copies
 
     def leave(self, rec:Record, st:torch.UntypedStorage):
         "Have `rec` ready to leave"
         rec.copy_out(self.copies, st)
-        rec.wait_for_copy(self.copies)
 
     def bring(self, rec:Record, st:torch.UntypedStorage):
         "Begin to fill `st`, which has returned. The copy is kept"
-        rec.event = self.copies.start(st, rec.host, rec.nbytes)
+        rec.event = self.copies.copy_in(st, rec.host)
 
     def forget(self, rec:Record):
         "Let go of what is kept for `rec`"
@@ -83,14 +80,6 @@ class Transport:
     def is_cheap(self, rec:Record) -> bool:
         "Tell whether `rec` would be made again if it left now"
         return False
-
-    def copied(self, rec:Record) -> list[Record]:
-        "List what has to be copied in to have `rec` return"
-        return [rec] if rec.away else []
-
-    def due(self, step:int) -> int: # Bytes
-        "Count what will be made again until `step`"
-        return 0
 
     def may_leave(self, rec:Record) -> bool:
         "Tell whether `rec` may leave at all"

@@ -114,27 +114,20 @@ class Clock(TorchDispatchMode):
         self.host = self.device = max(self.host, self.device)
         return self.host
 
-# %% ../nbs/72_virtual.ipynb #430a33f9
+# %% ../nbs/72_virtual.ipynb #f2fc3ae5
 class ClockedCopies(Copies):
     "Copies that take time on the bus of a virtual device, and no memory"
     def __init__(self, clock:Clock):
         super().__init__()
-        # When the last copy ends; host buffers by address, which stays theirs as they are kept
-        self.clock,self.end,self.buffers = clock,0.,{}
+        self.clock,self.ends = clock,[0., 0.]  # when the last copy ends, in and out
 
-    def allocate(self, n:int) -> torch.UntypedStorage:
-        "Make a host buffer without memory"
-        buf = super().allocate(n)
-        self.buffers[buf._cdata] = buf
-        return buf
-
-    def start(self, dst:torch.UntypedStorage, src:torch.UntypedStorage, n:int) -> float:
+    def start(self, dst:torch.UntypedStorage, src:torch.UntypedStorage, is_out:bool) -> float:
         "Begin a copy, after what the device has been told so far; return when it ends"
-        card = self.clock.card
-        speed = card.to_host if dst._cdata in self.buffers else card.to_device
-        self.end = max(self.end, self.clock.device, self.clock.host) + COPY + n/speed
+        clock,n = self.clock,src.nbytes()
+        speed = clock.card.to_host if is_out else clock.card.to_device
+        self.ends[is_out] = max(self.ends[is_out], clock.device, clock.host) + COPY + n/speed
         self.moved += n
-        return self.end
+        return self.ends[is_out]
 
     def run(self, func, args:tuple, kwargs:dict):
         "Have time pass for an operation that makes something again"

@@ -164,7 +164,8 @@ def test_operators(part):
 @pytest.fixture
 def _all_is_made_again(monkeypatch):
     "What leaves is made again wherever that can be, whatever it costs"
-    monkeypatch.setattr(remaker.Chooser, 'fits', lambda self, rec, used: self.find(rec.value, rec.rank) is not None)
+    def fits(self, rec, used): return self.find(rec.value, self._next_use(rec)) is not None
+    monkeypatch.setattr(remaker.Chooser, 'fits', fits)
     monkeypatch.setattr(remaker.Chooser, 'is_chosen', lambda self, rec: self.choice is not None)
 
 @pytest.mark.usefixtures('_all_is_made_again')

@@ -1,38 +1,22 @@
 "What each part costs beside its peers: seconds side by side, memory, exactness"
 import warnings
-from argparse import Namespace
-from contextlib import nullcontext
 from copy import deepcopy
-from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as checkpoints
 from torch.optim.swa_utils import update_bn
 from torchvision.models import resnet18, resnet50
 from fastai.basics import DataLoaders, Learner, noop, no_random
 from fastai.callback.progress import ProgressCallback
-from fastai.vision.all import DynamicUnet, GradientAccumulation, create_body
-from fastai_bn.all import (AccumulateGradBN, ActivationPager, MicroBatched, bn_layers, bn_to_gn, capture_moments,
-                           precise_bn)
-from fastai_bn.paging import moved_bytes
+from fastai.vision.all import GradientAccumulation, create_body
+from fastai_bn.all import AccumulateGradBN, MicroBatched, bn_to_gn, precise_bn
 from bench.common import peer
+from bench.memory import by_hand, lockstep_seconds, memory, modelled, repeated, unet, windows
 from bench.results import Table, rounds
 
-MiB = 2**20
 warnings.filterwarnings('ignore', '.*(A budget on the CPU|alone needs)')
-
-def unet(size:int) -> nn.Module: return DynamicUnet(create_body(resnet18(weights=None), cut=-2), 2, (size,size))
-
-def fewer(a, n:int) -> Namespace:
-    "The same arguments, with `n` rounds at most"
-    return Namespace(**{**vars(a), 'rounds':min(n, a.rounds)})
-
-def syncs(a):
-    "What waits for the device"
-    return torch.cuda.synchronize if a.device.startswith('cuda') else None
 
 # Training steps
 
@@ -98,10 +82,6 @@ def scaling(data, seed, a):
                     'AccumulateGradBN': fit(model, bl, AccumulateGradBN(n_step))}
             rows = rounds(ways, 'GradientAccumulation', a)
             yield dict(varied=what, size=k, **per_step(rows, n, 'GradientAccumulation')[1])
-
-def repeated(n:int, *makes) -> list:
-    "`n` times a layer made by each of `makes`"
-    return [make() for _ in range(n) for make in makes]
 
 def convolutions(nf:int, n_layers:int) -> nn.Module:
     "A plain convolutional net"
@@ -179,143 +159,6 @@ def exact(data, seed, a):
             yield dict(samples=case, way=name, mean_error=error(m[0].running_mean, mean, var**.5),
                        var_error=error(m[0].running_var, var, var))
 
-# Memory
-
-def net(name:str, size:int, a) -> tuple[nn.Module,callable]:
-    "A net in training mode, and what makes images and targets for it"
-    is_unet = name == 'unet'
-    model = unet(size) if is_unet else dict(resnet18=resnet18, resnet50=resnet50)[name](num_classes=2)
-    def make(n):
-        target = (n,size,size) if is_unet else (n,)
-        return torch.randn(n,3,size,size, device=a.device),torch.randint(0, 2, target, device=a.device)
-    return model.train().to(a.device),make
-
-def accumulated(model, x, y, bs:int, around=nullcontext):
-    "Forward, loss and backward in batches of `bs`"
-    for xb,yb in zip(x.split(bs), y.split(bs)):
-        with around(): (F.cross_entropy(model(xb), yb)*(len(xb)/len(x))).backward()
-
-def on_host(a):
-    "Saved tensors wait in host memory: `save_on_cpu`, which copies nothing where the device is the CPU"
-    if a.device.startswith('cuda'): return torch.autograd.graph.save_on_cpu(pin_memory=True)
-    return torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().numpy().copy(), torch.from_numpy)
-
-def checkpointed(model:nn.Module) -> nn.Module:
-    "A copy whose blocks are computed again in the backward pass"
-    blocks = deepcopy(model)
-    def is_block(m): return type(m).__name__ in ('BasicBlock','Bottleneck','UnetBlock')
-    wrapper = checkpoints.checkpoint_wrapper
-    checkpoints.apply_activation_checkpointing(blocks, checkpoint_wrapper_fn=wrapper, check_fn=is_block)
-    return blocks
-
-class Paged:
-    "Ways to compute one gradient, each in a pager that counts"
-    def __init__(self, model:nn.Module, x:Tensor, y:Tensor):
-        self.model,self.x,self.y = model,x,y
-        self.pagers,self.moved,self.equal = {},{},{}  # by way; MiB that each block moved; has it the same gradient?
-        self.whole()
-        self.grads = [p.grad.clone() for p in model.parameters()]
-
-    def whole(self, model:nn.Module|None=None):
-        "One batch"
-        model = model or self.model
-        model.zero_grad(set_to_none=True)
-        F.cross_entropy(model(self.x), self.y).backward()
-
-    def plain(self, bs:int, around=nullcontext):
-        "Micro-batches of `bs`"
-        self.model.zero_grad(set_to_none=True)
-        accumulated(self.model, self.x, self.y, bs, around)
-
-    def saved(self, a):
-        "Saved tensors in host memory"
-        with on_host(a): self.whole()
-
-    def counted(self, name:str, f, budget=None):
-        "Have `f` run in a pager of its own"
-        p,moved = ActivationPager(budget),[]
-        self.pagers[name],self.moved[name] = p,moved
-        def run():
-            before = p.moved
-            with p: f()
-            moved.append((p.moved-before)/MiB)
-        return run
-
-    def checked(self, name:str, budget=None):
-        "Have the batch run paged, and compare its gradient with that of the batch that was not"
-        run = self.counted(name, self.whole, budget)
-        def check():
-            run()
-            same = all(torch.equal(g, p.grad) for g,p in zip(self.grads, self.model.parameters()))
-            self.equal[name] = self.equal.get(name, True) and same
-        return check
-
-    def row(self, way:str, order) -> dict:
-        "What the pager of a way has counted, and what policies would have moved"
-        p,moved = self.pagers[way],self.moved.get(way) or [None]
-        is_hidden = way.startswith('saved')  # its copies are not the pager's
-        least = {f'{k}_MiB':moved_bytes(order, p.budget, k)/MiB for k in ('lru','belady')} if p.budget else {}
-        return dict(peak_MiB=p.peak/MiB, host_MiB=None if is_hidden else p.host_peak/MiB, moved_first_MiB=moved[0],
-                    moved_MiB=moved[-1], largest_operation_MiB=self.pagers['paged, no limit'].need/MiB,
-                    same_bits=self.equal.get(way), **least)
-
-def memory(data, seed, a):
-    """16 images of 128 pixels (U-Net: 96) as one BN batch: peak of activations as the pager counts it, seconds; the
-    gradients of all 'paged' are compared bit for bit"""
-    torch.manual_seed(0)
-    model,make = net(data, 96 if data == 'unet' else 128, a)
-    paged = Paged(model, *make(16))
-    blocks = checkpointed(model)
-    ways = {
-        'plain accumulation, 8 x 2': partial(paged.plain, 2),
-        'large batch': paged.whole,
-        'saved tensors in host memory': partial(paged.saved, a),
-        'activation checkpointing, each block': partial(paged.whole, blocks)}
-    for name,f in list(ways.items())[1:]: paged.counted(name, f)()
-    order,large = paged.pagers['large batch'].order,paged.pagers['large batch'].peak
-    p = paged.pagers['plain accumulation, 8 x 2'] = ActivationPager(None)
-    paged.plain(2, lambda: p)
-    ways['paged, no limit'] = paged.checked('paged, no limit')
-    budgets = [(p.peak, ", plain accumulation's peak"), (large//2, ''), (large//4, ''), (large//10, ''), (1, '')]
-    for b,why in budgets:
-        name = f'paged, {b/MiB:.0f} MiB{why}'
-        ways[name] = paged.checked(name, b)
-    rows = rounds(ways, 'plain accumulation, 8 x 2', fewer(a, 3 if data == 'unet' else a.rounds), syncs(a))
-    for row in rows: yield {**row, **paged.row(row['way'], order)}
-
-class ByHand(nn.Module):
-    "BN as in the textbook, of PyTorch's operations"
-    def __init__(self, nf:int):
-        super().__init__()
-        self.weight,self.bias = nn.Parameter(torch.ones(nf,1,1)),nn.Parameter(torch.zeros(nf,1,1))
-    def forward(self, x):
-        mean = x.mean((0,2,3), keepdim=True)
-        var = (x-mean).pow(2).mean((0,2,3), keepdim=True)
-        return (x-mean)/(var+1e-5).sqrt()*self.weight + self.bias
-
-def by_hand(data, seed, a):
-    """Eight layers of convolution, BN and ReLU on 16 x 32 x 64 x 64: BN written by hand, native, and as this package
-    has it. Forward and backward"""
-    x = torch.randn(16,32,64,64, device=a.device)
-    def stack(norm):
-        layers = repeated(8, lambda: nn.Conv2d(32,32,3,padding=1,bias=False), lambda: norm(32), nn.ReLU)
-        return nn.Sequential(*layers).to(a.device).train()
-    native,hand = stack(nn.BatchNorm2d),stack(ByHand)
-    def step(model): model(x).mean().backward()
-    def captured():
-        with capture_moments(bn_layers(native)): step(native)
-    def accumulate():
-        for b in x.split(4): native(b).mean().backward()
-    ways = {
-        'native BN': partial(step, native),
-        'native BN, moments captured': captured,
-        'lock step, micro-batches of 4': partial(step, MicroBatched(native, 4)),
-        'BN by hand': partial(step, hand),
-        'plain accumulation, micro-batches of 4': accumulate}
-    for row in rounds(ways, 'native BN', a, syncs(a)):
-        with (p := ActivationPager(None)): ways[row['way']]()
-        yield {**row, 'peak_MiB':p.peak/MiB}
-
 # Lock step
 
 def small(conv, bn) -> nn.Module:
@@ -357,33 +200,6 @@ def lockstep_exact(data, seed, a):
             got = outcome(MicroBatched(m, k), m, state, x)
             yield dict(net=name, micro=k, **{n:((got[n]-w).norm()/w.norm()).item() for n,w in want.items()})
 
-def lockstep_seconds(data, seed, a):
-    "8 x 2 images of 128 pixels (U-Net: 96), without a budget"
-    model,make = net(data, 96 if data == 'unet' else 128, a)
-    (x,y),lock = make(16),MicroBatched(model, 2)
-    ways = {
-        'plain accumulation': lambda: accumulated(model, x, y, 2),
-        'lock step': lambda: F.cross_entropy(lock(x), y).backward(),
-        'large batch': lambda: F.cross_entropy(model(x), y).backward()}
-    return rounds(ways, 'plain accumulation', a, syncs(a))
-
-def windows(data, seed, a):
-    """A U-Net at 64 pixels, windows of 8, 32 and 128 as micro-batches of 2 under one budget, half of what plain
-    accumulation takes"""
-    torch.manual_seed(0)
-    (model,make),plain = net('unet', 64, a),ActivationPager(None)
-    accumulated(model, *make(16), 2, lambda: plain)
-    budget = plain.peak//2
-    for n in (8,32,128):
-        (x,y),lock,pager = make(n),MicroBatched(model, 2),ActivationPager(budget)
-        def paged():
-            with pager: F.cross_entropy(lock(x), y).backward()
-        ways = {'plain accumulation': lambda: accumulated(model, x, y, 2), 'lock step, paged': paged}
-        budgets = {'plain accumulation':(plain, None), 'lock step, paged':(pager, budget/MiB)}
-        for row in rounds(ways, 'plain accumulation', fewer(a, 1 if n > 32 else a.rounds), syncs(a)):
-            p,limit = budgets[row['way']]
-            yield {'window':n, **row, 'budget_MiB':limit, 'peak_MiB':p.peak/MiB, 'host_MiB':p.host_peak/MiB}
-
 # Conversions
 
 def conditioned() -> nn.Module:
@@ -414,6 +230,7 @@ TABLES = dict(
     population=Table(population, seeds=None),
     exact=Table(exact, seeds=None),
     memory=Table(memory, ('resnet50','unet'), None),
+    modelled=Table(modelled, ('resnet50','unet'), None),
     by_hand=Table(by_hand, seeds=None),
     lockstep_exact=Table(lockstep_exact, seeds=None),
     lockstep_seconds=Table(lockstep_seconds, ('resnet18','unet'), None),
