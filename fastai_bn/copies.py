@@ -84,7 +84,7 @@ class Budget:
         if device not in self.limits: self.limits[device] = max(1, int(self.value*free_bytes(device)))
         return self.limits[device]
 
-# %% ../nbs/11_copies.ipynb #64845e45
+# %% ../nbs/11_copies.ipynb #2529c6f9
 class Copies:
     "Copy between the device and a pool of host buffers: in the background on an accelerator, else at once"
     def __init__(self):
@@ -146,7 +146,9 @@ class Copies:
         "Copy all of `src`. No mode sees this copy, the pager least of all"
         self.moved += src.nbytes()
         with torch._C._DisableTorchDispatch():
-            if not self.sides: return dst.copy_(src) and None
+            if not self.sides:
+                dst.copy_(src)
+                return None
             side = self.sides[is_out]
             side.wait_stream(self.main)
             with side: dst.copy_(src, non_blocking=True)

@@ -81,7 +81,7 @@ def signature(
     func, # An operator
 ) -> Signature: return Signature(func)
 
-# %% ../nbs/12h_operations.ipynb #5f4baf27
+# %% ../nbs/12h_operations.ipynb #20680143
 _label = attrgetter('label')
 
 def _labels_of(recs:list[Record]) -> tuple[int,...]:
@@ -138,11 +138,15 @@ class Arguments:
         n = len(self.ledger.labels)
         for t in tensors_in(o):
             recs = self._records(t)
-            if isinstance(t, nn.Parameter) and not recs[0].foreign:
-                self.ledger.model.note_param(t)
-                self.ledger.disown(recs[0])
+            if isinstance(t, nn.Parameter): self._disown(t, recs)
             for rec in recs: self._enter(rec)
         if len(self.ledger.labels) > n: self.has_new = True
+
+    def _disown(self, p:nn.Parameter, recs:list[Record]):
+        "Count a parameter no longer, now that it is known as one"
+        if all([rec.foreign for rec in recs]): return
+        self.ledger.model.note_param(p)
+        for rec in recs: self.ledger.disown(rec)
 
     def _records(self, t:Tensor|torch.UntypedStorage) -> list[Record]:
         "List the records behind `t`. Sparse tensors have no storage of their own, and their parts stay where they are"
@@ -162,7 +166,7 @@ class Arguments:
         "List the labels of what it writes to"
         return _labels_of(self.written) if self.written else ()
 
-# %% ../nbs/12h_operations.ipynb #dbd27010
+# %% ../nbs/12h_operations.ipynb #0b0c58f6
 class Operation(Arguments):
     "An operation, and the storages that it uses, writes to and makes"
     made = ()  # records
@@ -197,7 +201,7 @@ class Operation(Arguments):
         self.ledger.uncount(rec)
         self.ledger.here.pop(rec.label, None)
         rec.foreign = True
-        self.used.append(self.ledger.add(st))
+        self._make(self.ledger.add(st))
 
     def need(self) -> int: # Bytes
         "Tell the smallest budget under which it can run"
