@@ -74,6 +74,7 @@ class _Data:
 
 # %% ../nbs/74_advice.ipynb #7bd011d1
 TRIES = 4   # Budgets to try, each smaller by what the one before exceeded
+LESS = .95,.95,.9 # Of a budget that is slow, to try as well, each a share of the fastest so far
 SAME_BITS = .96 # Lock step, which agrees to rounding, has to be faster by this factor to be preferred
 MARGIN = .1 # Share of the device's memory for what no plan knows: fragmentation, workspaces, the context
 
@@ -108,9 +109,18 @@ class _Search:
         if self.try_row('whole'): return self.rows[-1]
         if self.usable is None or self.usable < 1: return None
         has_floor = self.rows[0]['floor'] <= self.usable
-        found = [self.rows[-1]] if has_floor and self.budget_that_holds('budget') else []
+        found = [self.with_less()] if has_floor and self.budget_that_holds('budget') else []
         if not found or self.is_slow(found[0]): found += self.in_pieces()
         return min(found, key=lambda o: o['seconds']*(SAME_BITS if o['way'] == 'budget' else 1), default=None)
+
+    def with_less(self) -> dict: # The row that is faster
+        "Try smaller budgets if that one is slow: storages have many sizes, so less memory can wait less for the bus"
+        for share in LESS if self.is_slow(self.rows[-1]) else ():
+            row = self.rows[-1]
+            self.try_row('budget', _rounded(int(share*row['budget'])))
+            if self.rows[-1]['seconds'] < row['seconds']: del self.rows[-2]
+            else: del self.rows[-1]
+        return self.rows[-1]
 
     def is_slow(self, row:dict) -> bool:
         "Could another way be faster, by more than the same bits are worth? Without a model of time nobody knows"
