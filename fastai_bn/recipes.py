@@ -162,7 +162,12 @@ class Call(NamedTuple):
             t = res[self.out] if isinstance(res, (tuple, list)) else res
             torch.empty(0, dtype=t.dtype, device=st.device).set_(st, 0, t.shape, t.stride()).copy_(t)
 
-# %% ../nbs/12d_recipes.ipynb #baa27a53
+# %% ../nbs/12d_recipes.ipynb #f8d97a02
+def _kept(st:torch.UntypedStorage) -> Tensor:
+    "Make a tensor that keeps `st` alive: in older PyTorch what comes out of a weak reference does not"
+    with torch._C._DisableTorchDispatch(), torch._C._DisableFuncTorch():
+        return torch.empty(0, dtype=torch.uint8, device=st.device).set_(st, 0, (0,), (1,))
+
 class Value:
     "What a storage holds until somebody writes to it"
     __slots__ = ('rec',       # of the storage; it has another value once it was written to
@@ -170,7 +175,7 @@ class Value:
                  'sources',   # the values that the calls read
                  'needed_by', # values that are away and are made from it
                  'held',      # values whose storages are kept alive, as this one is made from them
-                 'kept',      # these storages
+                 'kept',      # tensors on these storages
                  'unchecked', # while it is away: looks of recipes that have to give the same bits, or None
                  'tried',     # has it left once to be checked?
                  'seen',      # `look`, once somebody asked
@@ -195,7 +200,7 @@ class Value:
     def hold(self, values:list):
         "Keep the storages of `values` alive, and no others"
         for o in self.held: o.needed_by.discard(self)
-        self.held,self.kept = values,[o.rec() for o in values]
+        self.held,self.kept = values,[_kept(o.rec()) for o in values]
         for o in values: o.needed_by.add(self)
 
 # %% ../nbs/12d_recipes.ipynb #05ecefa5

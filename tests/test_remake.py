@@ -363,16 +363,18 @@ def test_each_recipe_is_checked_before_a_copy_is_spared(monkeypatch):
 def test_an_error_while_something_is_made_leaves_everything_as_it_was(monkeypatch, error, at):
     model,x,y = net_of('inplace')
     want,pager = window(model, x, y),ActivationPager(peak_of(model, x, y)//2)
-    for _ in range(3): window(model, x, y, pager)
+    kept,values = [],[]
+    handle = model[1].act.register_forward_hook(lambda m,x,out: kept.append(out.detach()))
+    h2 = model[1].act.register_forward_hook(lambda m,x,out: values.append(out.detach().clone()))
+    for _ in range(3):
+        window(model, x, y, pager)
+        kept.clear()
+        values.clear()
     real,calls = Copies.run,[]
     def run(self, *args):
         calls.append(0)
         if len(calls) == at+1: raise error
         return real(self, *args)
-    kept = []
-    handle = model[1].act.register_forward_hook(lambda m,x,out: kept.append(out.detach()))
-    values = []
-    h2 = model[1].act.register_forward_hook(lambda m,x,out: values.append(out.detach().clone()))
     with monkeypatch.context() as m:
         m.setattr(Copies, 'run', run)
         with pytest.raises(error): window(model, x, y, pager)
