@@ -1145,10 +1145,13 @@ def test_lists_of_lengths_are_read_before_any_operation(monkeypatch):
 
 def test_reads_within_transforms_of_functions():
     x = torch.randn(20_000)
+    def listed(t):
+        try: return t.tolist()
+        except RuntimeError as e: return str(e)  # older PyTorch, with or without a pager
     def f(x):
         y = (x*2).sin()
         big()+1
-        seen.append((y.tolist(), str(y)[-60:]))
+        seen.append((listed(y), str(y)[-60:]))
         return y.sum()
     for transform in (torch.func.grad(f), lambda x: torch.func.jvp(f, (x,), (x,))[1]):
         seen = []
