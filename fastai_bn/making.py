@@ -19,7 +19,6 @@ from functools import partial
 import torch
 
 from .copies import Budget
-from .forecast import Order
 from .mover import Mover
 from .reads import reads
 from .recipes import Call, Value

@@ -30,7 +30,7 @@ Docs: https://fastai-bn.github.io/fastai_bn/paging.html.md"""
 from __future__ import annotations
 import threading
 import warnings
-from functools import cache, partial, reduce
+from functools import cache, reduce
 from operator import or_
 
 import torch
