@@ -13,6 +13,10 @@ Docs: https://fastai-bn.github.io/fastai_bn/mover.html.md"""
 # %% ../nbs/12a_mover.ipynb #301b4ae0
 from __future__ import annotations
 
+from contextlib import suppress
+
+import torch
+
 from .operations import Operation
 from .schedule import Moves, Schedule
 from .storages import is_movable, Ledger, Record
@@ -57,8 +61,9 @@ class Mover:
         if ledger.limit is None: return
         for rec in self._found(moves.copy): self._copy_out(rec)
         for rec in self._found(moves.leave): self._let_leave(rec)
-        for rec in self._found(moves.load):
-            if ledger.resident + rec.nbytes <= ledger.limit: ledger.load(rec)
+        with suppress(torch.OutOfMemoryError):  # nobody waits for these yet
+            for rec in self._found(moves.load):
+                if ledger.resident + rec.nbytes <= ledger.limit: ledger.load(rec)
 
     def _let_leave(self, rec:Record):
         "Let `rec` leave if it can"

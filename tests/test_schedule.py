@@ -1,4 +1,6 @@
 "Copies begin early, on paper: what moves is what demand paging moves, and the limit holds"
+import sys
+
 import pytest
 import torch
 
@@ -102,6 +104,25 @@ def test_a_pager_follows_it(monkeypatch, share):
     before,pager.peak,expected = pager.moved,0,Replay(pager.order, pager.budget).run()
     assert all(map(torch.equal, window(pager), want))
     assert pager.moved-before == expected.moved and pager.peak <= max(pager.budget, pager.need)
+
+
+def test_what_is_refused_ahead_of_its_use_returns_when_it_is_used(monkeypatch):
+    monkeypatch.setattr(storages, 'MIN_BYTES', 1024)
+    model,x = small_unet((32,32)),torch.randn(4, 3, 32, 32)
+    def window(pager):
+        model.zero_grad()
+        with pager: model(x).square().mean().backward()
+        return [p.grad.clone() for p in model.parameters()]
+    want = window(free := ActivationPager(None))
+    pager,real,refused = ActivationPager(free.peak//2, False),storages.Ledger.load,[]
+    for _ in range(3): window(pager)
+    def load(self, rec):
+        if rec.away and sys._getframe(1).f_code.co_name == '_move':
+            refused.append(rec.label)
+            raise torch.OutOfMemoryError
+        real(self, rec)
+    monkeypatch.setattr(storages.Ledger, 'load', load)
+    assert all(map(torch.equal, window(pager), want)) and refused
 
 
 # --- The forecast: while a block does what the one before did, nothing is recorded
