@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import threading
+from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import urldefrag, urljoin
 
@@ -69,6 +70,11 @@ def prose(pg) -> str:
 MARKUP = [r':::', r'#\|', r'\{ ?[#.:]\w', r'\]\(', r'\[\[', r'(?<!\w)\*\*', r'\$\$', r'\\\(', r'^\s*\|', r'\.ipynb',
           r'@(?:fig|eq)-', r'<[a-z]+[ >]', r'^!!!|^\?\?\?']
 
+def visit(pg, url):
+    "Open `url`, and wait until it is read whole and asks for nothing: on a busy machine the second comes before the first"
+    pg.goto(url, wait_until='load')
+    pg.wait_for_load_state('networkidle')
+
 def all_of(pg, selector, js):
     "What the JavaScript `js` says of each element `o`"
     return pg.evaluate(f"Array.from(document.querySelectorAll('{selector}')).map(o => {js})")
@@ -76,7 +82,7 @@ def all_of(pg, selector, js):
 @pytest.mark.parametrize('tab', views.values(), indirect=True, ids=views)
 @pytest.mark.parametrize('rel', pages)
 def test_page(rel, tab, base, request):
-    tab.goto(base+rel, wait_until='networkidle')
+    visit(tab, base+rel)
     assert tab.locator('article h1').count() == 1
     left = {m:found for m in MARKUP if (found := re.findall(f'.*(?:{m}).*', prose(tab), flags=re.M))}
     assert not left
@@ -96,27 +102,40 @@ def test_page(rel, tab, base, request):
 @pytest.mark.parametrize('scheme,low,high', [('light',700,766), ('dark',0,150)])
 def test_dark_is_dark(scheme, low, high, tab, base):
     tab.emulate_media(color_scheme=scheme)
-    tab.goto(base, wait_until='networkidle')
+    visit(tab, base)
     color = tab.evaluate('getComputedStyle(document.body).backgroundColor')
     assert low <= sum(float(v) for v in re.findall(r'[\d.]+', color)[:3]) < high
 
-def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere(tab, base):
-    here,ids = {},{}
-    for rel in pages:
-        tab.goto(base+rel, wait_until='networkidle')
-        here[rel] = all_of(tab, 'a[href]', "o.getAttribute('href')")
-        ids[rel] = set(all_of(tab, '[id]', 'o.id'))
-    tab.goto(base, wait_until='networkidle')
-    nav = all_of(tab, 'nav a[href]', "o.href.split('#')[0]")
-    assert set(pages) <= {o.removeprefix(base) or 'index.html' for o in nav}, 'a page that no entry leads to'
-    dead = []
-    for rel,links in here.items():
-        for link in links:
-            url,anchor = urldefrag(urljoin(base+rel, link))
-            if not url.startswith(base): continue
-            to = url.removeprefix(base) or 'index.html'
-            if not (site/to).is_file() or anchor and to in ids and anchor not in ids[to]: dead.append((rel, link))
-    assert not dead
+class Links(HTMLParser):
+    "What a page of the site links to, what of that stands in its navigation, and the ids it has; read from its file"
+    def __init__(self, rel):
+        super().__init__()
+        self.links,self.nav,self.ids,self.depth = [],[],set(),0
+        self.feed((site/rel).read_text(encoding='utf-8'))
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag == 'nav': self.depth += 1
+        if 'id' in attrs: self.ids.add(attrs['id'])
+        if tag != 'a' or 'href' not in attrs: return
+        self.links.append(attrs['href'])
+        if self.depth: self.nav.append(attrs['href'])
+
+    def handle_endtag(self, tag):
+        if tag == 'nav': self.depth -= 1
+
+def target(rel, link) -> tuple:
+    "The file below the site that `link` on the page `rel` leads to (None: elsewhere), and the place in it"
+    url,anchor = urldefrag(urljoin(f'http://site/{rel}', link))
+    if not url.startswith('http://site/'): return None,anchor
+    return url.removeprefix('http://site/') or 'index.html',anchor
+
+def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere():
+    of = {rel:Links(rel) for rel in pages}
+    nav = {target('index.html', link)[0] for link in of['index.html'].nav}
+    assert set(pages) <= nav, 'a page that no entry leads to'
+    def is_dead(to, anchor): return to and (not (site/to).is_file() or anchor and to in of and anchor not in of[to].ids)
+    assert [(rel, link) for rel,page in of.items() for link in page.links if is_dead(*target(rel, link))] == []
 
 FOCUSED = """() => { let o = document.activeElement
     while (o.shadowRoot?.activeElement) o = o.shadowRoot.activeElement
@@ -135,7 +154,7 @@ WORDS = dict(AccumulateGradBN='accumulate.html', precise_bn='precise.html', bn_t
 @pytest.mark.parametrize('words,page', WORDS.items())
 @pytest.mark.parametrize('tab', widths.values(), indirect=True, ids=widths)
 def test_search(words, page, tab, base):
-    tab.goto(base, wait_until='networkidle')
+    visit(tab, base)
     open_search(tab)
     tab.keyboard.type(words, delay=20)
     hit = tab.locator('a[role="option"]').first
@@ -176,7 +195,7 @@ def test_source_links_lead_to_definitions():
 def test_a_phone_can_open_the_menu(browser, base):
     context = browser.new_context(viewport=dict(width=390, height=800), has_touch=True)
     pg = context.new_page()
-    pg.goto(base, wait_until='networkidle')
+    visit(pg, base)
     pg.locator('label[for="__drawer"]:visible').first.click()
     pg.get_by_text('Benchmarks', exact=True).locator('visible=true').first.wait_for(timeout=3000)
     context.close()
