@@ -191,7 +191,7 @@ class Ledger(Register):
         self.absent += rec.nbytes
         del self.here[rec.label]
 
-# %% ../nbs/12_storages.ipynb #4d9be3c9
+# %% ../nbs/12_storages.ipynb #8b45b499
 _PLAIN = {Tensor, nn.Parameter}
 
 class Model:
@@ -235,12 +235,16 @@ class Model:
         if module in self.modules: return
         rows = [len(t) for t in args if isinstance(t, Tensor) and t.dim()]
         self.batch = max([self.batch, *rows[:1]])
-        for m in module.modules():
-            if m not in self.modules: self._note_module(m)
+        todo = [module]
+        while todo:
+            m = todo.pop()
+            if m is None or m in self.modules: continue
+            self.modules.add(m)
+            self._note_module(m)
+            todo += m._modules.values()
 
     def _note_module(self, m:nn.Module):
         "Note the parameters and buffers of `m` alone"
-        self.modules.add(m)
         self.compiled |= '_orig_mod' in m._modules or getattr(m, '_compiled_call_impl', None) is not None
         for p in m._parameters.values():
             if p is not None: self.note_param(p)
