@@ -31,13 +31,13 @@ from .window import Window
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/04a_epochs.ipynb #41d67023
+# %% ../nbs/04a_epochs.ipynb #a9b7a339
 @dataclass
 class Plan:
     "How an epoch of a DataLoader becomes windows, and these BN batches"
     n_step: int
     bn_bs: int|str|None
-    last: str
+    last: str        # What the short last window of an epoch does: 'step', 'drop', or 'carry' into the next epoch
     n_inp: int|None  # inputs in a batch
 
     def rebatched(self, dl) -> BNBatches:
@@ -52,9 +52,16 @@ class Plan:
         return 1 if self.bn_bs == 'window' else self.n_step*batch_size(dl)//self.bn_bs
 
     def n_windows(self, dl) -> int:
-        "Count the optimizer steps in an epoch of `dl`"
+        "Count the optimizer steps in an epoch of `dl`, by itself"
         n = self.rebatched(dl).n_micro/self.n_step
         return math.floor(n) if self.last == 'drop' else math.ceil(n)
+
+    def n_batches(self, n_steps:int, dl) -> int:
+        "Count the BN batches of `dl` until `n_steps` optimizer steps are made"
+        if self.last == 'carry': return n_steps*self.per_step(dl)
+        epochs,rest = divmod(n_steps-1, self.n_windows(dl))
+        n_iter = len(self.rebatched(dl))
+        return epochs*n_iter + min((rest+1)*self.per_step(dl), n_iter)
 
     def check(self, dl):
         "Raise `ValueError` where no window can be made of an epoch of `dl`"
@@ -90,13 +97,14 @@ def _refuse_others(learn:Learner, own:Callback):
         raise ValueError(
             "AccumulateGradBN cannot follow the copies that DataParallel makes of the model. Use learn.distrib_ctx()")
 
-# %% ../nbs/04a_epochs.ipynb #bbd966fb
+# %% ../nbs/04a_epochs.ipynb #e6cea246
 class WindowedEpochs(Callback):
     "Open a window for each epoch, run the training loop inside it, and leave nothing behind whatever is raised"
     run_valid = False
     window = batches = _last_window = None
+    _epoch,is_end = -1,False  # the epoch at hand; does the window end with it, short as it may be?
     # What `learn.export` leaves out: the epoch under way
-    _stateattrs = 'window','batches','_last_window','_params','_trained'
+    _stateattrs = 'window','batches','_last_window','_epoch','is_end','_params','_trained'
 
     @property
     def plan(self) -> Plan: return Plan(self.n_step, self.bn_bs, self.last, getattr(self.dls, 'n_inp', None))
@@ -128,8 +136,11 @@ class WindowedEpochs(Callback):
                 "validation of this learner ran there. Do so before the fit or in after_epoch")
             self.check(self.dl)
             self.learn.dl = self.batches = self.plan.rebatched(self.dl)
+            if self.epoch <= self._epoch: self.let_go()  # an error has ended the fit before
+            self._epoch = self.epoch
+            self.is_end = self.last == 'step' or self.last == 'carry' and self.epoch+1 >= self.n_epoch
             self.open()
-            self.opt.zero_grad()
+            if not self.window.count: self.opt.zero_grad()
         except BaseException:
             self.close()
             raise
@@ -142,8 +153,16 @@ class WindowedEpochs(Callback):
         grads = lambda: [] if self.opt is None else [p.grad for p,*_ in self.opt.all_params(with_grad=True)]
         last = self._last_window
         if last is None or last.model is not self.model or last.layers != bn_layers(self.model):
+            if last is not None and last.count: self.refuse_change()
             last = Window(self.model, self.plan.per_step(self.dls.train), grads, self.pager)
         self.window = self._last_window = last
+
+    def refuse_change(self):
+        "Raise `ValueError` where a window has gradients of another model, or of other parameters"
+        raise ValueError(
+            f"A window has gradients of {self.n_step} micro-batches, but within it a callback has begun to train "
+            "another model or other parameters. Use bn_bs='window', where each batch is a whole step, or switch "
+            "between windows (with last='carry' an epoch may end within one)")
 
     def close(self):
         "Drop the window that is open, if any, and leave the learner as it was"
@@ -154,21 +173,36 @@ class WindowedEpochs(Callback):
         insist(close)
 
     def after_train(self):
-        "Step for what is left of the epoch, and close"
+        "Step for what is left of the epoch, unless that is carried on, and close"
         learn,w = self.learn,self.window
-        if w is not None and w.count and self.last == 'step':
+        if w is not None and w.count and self.is_end:
             # Somebody's `learn.validate` may have left `training` False
             with replaced(learn, 'training', True), inside(learn, '_step', self.stepping):
                 try: learn._with_events(learn._step, 'step', CancelStepException)
                 except CancelBatchException: pass
             self.opt.zero_grad()
+        elif self.last == 'carry': self.window = None  # not dropped: the next epoch opens it again
         self.close()
 
     def after_epoch(self): take_away(self.learn, 'all_batches')
-    def after_fit(self): self._last_window = None  # lets go of the model
+
+    def after_fit(self):
+        "Let go of the model, if there is no next epoch: this comes after each validation, too"
+        last = self._last_window
+        if last is not None and (not last.count or self.epoch+1 >= self.n_epoch): self.let_go()
+
+    def let_go(self):
+        "Let go of the model, and drop what was carried on"
+        last,self._last_window,self._epoch = self._last_window,None,-1
+        if last is not None and last.count: last.drop()
+
     def after_cancel_train(self): self.close()
     def after_cancel_epoch(self): self.close()
-    def after_cancel_fit(self): self.close()
+
+    def after_cancel_fit(self):
+        "Drop what was carried, too"
+        self.close()
+        self.let_go()
 
     def _all_batches(self, learn:Learner, do):
         "Run the training loop. An exception drops the window that is open"

@@ -24,6 +24,7 @@ N,BS,STEP = 64,2,8
 BUDGET = 2**14
 MODES = dict(
     none={},
+    carry=dict(n_step=5, last='carry'),
     one=dict(bn_bs=1),
     eight=dict(bn_bs=8),
     window=dict(bn_bs='window'),
@@ -71,11 +72,14 @@ class Watch(Callback):
     def after_step(self): self.steps += 1
 
 
+def accumulating(n_step=STEP, **kw): return AccumulateGradBN(n_step, **kw)
+
+
 # --- What they do
 
 def trained(mode, bn, empty=None, cbs=(), epochs=2):
     "Fit in a `mode`, with BN over both processes ('sync') or of each one's `own`, and targets that do not count"
-    cbs = [AccumulateGradBN(STEP, **MODES[mode]), *cbs, Watch(), Reduced()]
+    cbs = [accumulating(**MODES[mode]), *cbs, Watch(), Reduced()]
     learn = get_learner(get_dls(*data(EMPTY.get(empty, ())), BS), conv_net(), cbs)
     with learn.distrib_ctx(sync_bn=bn == 'sync', cpu=True): do_fit(learn, epochs)
     assert not isinstance(learn.model, DistributedDataParallel)

@@ -711,7 +711,7 @@ def test_two_learners_share_a_model():
     (dict(n_step='4'), 'n_step'),
     (dict(n_step=True), 'n_step'),
     (dict(n_step=None), 'n_step'),
-    (dict(last='keep'), "'step' or 'drop'"),
+    (dict(last='keep'), "'step', 'drop' or 'carry'"),
     (dict(weight=3), 'callable')])
 def test_bad_arguments(kw, match):
     with pytest.raises(ValueError, match=match): AccumulateGradBN(**kw)
