@@ -1,8 +1,8 @@
 """Centre and scale of each row of a matrix, precise at any offset, with NumPy's percentiles
 
 Float32 has 7 digits, and an image may lie far from zero, so its moments need care. Percentiles need time, if all values
-are sorted for them. This module normalises the rows of a matrix, one per channel or per image: by the moments of the
-fastest native kernel that is precise, or by percentiles for which it looks at the ends alone.
+are sorted for them. This module measures the rows of a matrix, one per channel or per image: the moments by the
+fastest native kernel that is precise, the percentiles by looking at the ends alone.
 
 You rarely need it directly: use `image_normalize`, which is made of it.
 
@@ -65,24 +65,24 @@ def _percentiles(y:Tensor, u:Tensor|None, q:tuple, off, unit) -> list[Tensor]:
     if u is None: return [_percentile(y, o) for o in q]
     return [(o-off)/unit for o in _byte_percentiles(u.reshape(y.shape), q)]
 
-# %% ../nbs/41a_rows.ipynb #51fc1ef0
-def _standardized(y:Tensor, ends:tuple|None=None) -> tuple[Tensor,Tensor,Tensor]:
-    "Give rows `y` [G, n] mean 0 and deviation 1, or map their `ends` to 0 and 1. Return centre and scale [G, 1], too"
-    if ends is not None:
-        c,hi = ends
-        return (y-c).div_(hi-c),c,hi-c
+# %% ../nbs/41a_rows.ipynb #c590550e
+def _moments(y:Tensor) -> tuple[Tensor,Tensor]:
+    "Compute mean and standard deviation [G, 1] of each row of `y` [G, n]"
     if not y.requires_grad:
         # the fastest kernel with precise moments, but it gives them no gradients
-        out,mean,rstd = torch.native_layer_norm(y, (y.shape[1],), None, None, 0.)
-        return out,mean,1/rstd
+        _,mean,rstd = torch.native_layer_norm(y, (y.shape[1],), None, None, 0.)
+        return mean,1/rstd
     var,mean = torch.var_mean(y, 1, correction=0, keepdim=True)
-    s = var.where(var > 0, 1).sqrt().where(var > 0, 0)
-    return (y-mean)/s,mean,s
+    return mean,var.where(var > 0, 1).sqrt().where(var > 0, 0)
 
-# %% ../nbs/41a_rows.ipynb #68dddab1
+# %% ../nbs/41a_rows.ipynb #5db3d9d1
 def _is_precise(c:Tensor, s:Tensor) -> bool:
     "Tell whether float32 is precise enough for rows around `c` with the scale `s`"
     return bool(((c.abs() <= 4*s) & (s > 1e-10) & (s < 1e10)).all())
+
+def _wide(c:Tensor) -> Tensor:
+    "Give `c` all digits that the device has"
+    return c if c.device.type == 'mps' else c.double()
 
 def _stretched(v:Tensor, lo:Tensor, span:Tensor) -> tuple[Tensor,Tensor|float,Tensor|float]:
     "Write rows `v` [G, n] as stretched*unit + offset, if they are not precise enough. Minimum and range are [G, 1]"
@@ -90,49 +90,46 @@ def _stretched(v:Tensor, lo:Tensor, span:Tensor) -> tuple[Tensor,Tensor|float,Te
     unit = span.where(span > 0, 1)
     return (v-lo).div_(unit),lo,unit
 
-# %% ../nbs/41a_rows.ipynb #7e29e26b
-def normalize_rows(
+# %% ../nbs/41a_rows.ipynb #a5250132
+def measure_rows(
     v:Tensor,           # Rows [G, n] of floats
     stat:str,           # 'std', 'minmax' or 'percentile'
     q:tuple,            # Percentiles, from 0 to 100
     eps:float,          # The scale is at least this share of maximum - minimum
     u:Tensor|None=None, # The same values as bytes, in any shape, if they are bytes
-) -> tuple[Tensor,...]|None: # The rows, centre and scale [G, 1]; the scale is 0 where there is only one value
-    "Normalise each row by its own statistics. Return None if not all values are finite"
+) -> tuple[Tensor,Tensor]|None: # Centre and scale [G, 1], in float64 far from zero; the scale is 0 for one value
+    "Measure each row. Return None if not all values are finite"
     if stat == 'std' and 2*v.shape[1]*eps**2 <= 1:
-        out,c,s = _standardized(v)
-        if _is_precise(c, s): return out,c,s
+        c,s = _moments(v)
+        if _is_precise(c, s): return c,s
     lo = v.amin(1, keepdim=True)
     span = v.amax(1, keepdim=True)-lo
     # NaN and inf show in the ends
     if not span.isfinite().all(): return None
     y,off,unit = _stretched(v, lo, span)
-    ends = None
-    if stat == 'minmax': ends = (lo-off)/unit,(lo-off+span)/unit
-    elif stat == 'percentile': ends = _percentiles(y, u, q, off, unit)
-    out,c,s = _standardized(y, ends)
-    least = eps*span/unit
-    if not (s >= least).all() or not (span > 0).all():
-        s = torch.maximum(s, least)
-        out = (y-c)/s.where(span > 0, math.inf)
-    return out,off+c*unit,s*unit
+    if stat == 'minmax': return lo,span
+    if stat == 'std': c,s = _moments(y)
+    else:
+        c,hi = _percentiles(y, u, q, off, unit)
+        s = hi-c
+    s = torch.maximum(s*unit, eps*span)
+    return off+_wide(c)*unit,s.where(span > 0, 0)
 
-# %% ../nbs/41a_rows.ipynb #1e8a5ebd
+# %% ../nbs/41a_rows.ipynb #6b4253f0
 def _counted(r:Tensor, ok:Tensor, finite:Tensor) -> Tensor:
     "Choose the pixels of row `r` that are `ok`; if there are none, the finite ones; if there are none, a zero"
     if ok.any(): return r[ok]
     return r[finite] if finite.any() else r.new_zeros(1)
 
-def normalize_counted(
+def measure_counted(
     v:Tensor,    # Rows [G, n] of floats
     ok:Tensor,   # Which of their values count, if any do: bool [G, n]
     stat:str,    # 'std', 'minmax' or 'percentile'
     q:tuple,     # Percentiles, from 0 to 100
     eps:float,   # The scale is at least this share of maximum - minimum
-) -> tuple[Tensor,...]: # The rows, in float64 and 0 where they are not finite; centre and scale [G, 1]
-    "Normalise each row by the statistics of the values that count"
+) -> tuple[Tensor,Tensor]: # Centre and scale [G, 1], float64
+    "Measure the values that count in each row"
     v,finite = v.double(),v.isfinite()
     rows = [_counted(*o) for o in zip(v, ok & finite, finite)]
-    _,cs,ss = zip(*(normalize_rows(r[None], stat, q, eps) for r in rows))
-    c,s = torch.cat(cs),torch.cat(ss)
-    return ((v-c)/s.where(s > 0, math.inf)).masked_fill_(~finite, 0),c,s
+    cs,ss = zip(*(measure_rows(r[None], stat, q, eps) for r in rows))
+    return torch.cat(cs),torch.cat(ss)

@@ -71,7 +71,7 @@ MARKUP = [r':::', r'#\|', r'\{ ?[#.:]\w', r'\]\(', r'\[\[', r'(?<!\w)\*\*', r'\$
           r'@(?:fig|eq)-', r'<[a-z]+[ >]', r'^!!!|^\?\?\?']
 
 def visit(pg, url):
-    "Open `url`, and wait until it is read whole and asks for nothing: on a busy machine the second comes before the first"
+    "Open `url`, and wait until it is read whole and asks for nothing. Busy machines can do the second before the first"
     pg.goto(url, wait_until='load')
     pg.wait_for_load_state('networkidle')
 

@@ -1,5 +1,5 @@
 "Single-image normalization: against NumPy in float64, for any size and type, and in fastai's pipelines, forth and back"
-import copy, math, pickle, warnings
+import copy, itertools, math, pickle, warnings
 from collections import namedtuple
 
 import numpy as np, pytest, torch, torch.nn.functional as F
@@ -473,3 +473,117 @@ def test_a_field_of_view_masks_every_batch():
     torch.testing.assert_close(plain(y[...,:4]), plain(image_normalize(x[...,:4])), atol=1e-5, rtol=1e-5)
     other = TensorImage(torch.rand(3,2,8,9))
     with pytest.raises(ValueError, match='`mask` must broadcast to'): ImageNormalize(mask=view)(other)
+
+
+# --- Tiles
+
+def tiles_of(x, size, n=2):
+    "Yield slices of tiles of `size` that cover the last `n` dimensions of `x`; those at the ends are smaller"
+    starts = [range(0, k, size) for k in x.shape[-n:]]
+    yield from ((..., *[slice(a, a+size) for a in at]) for at in itertools.product(*starts))
+
+WHOLES = {
+    'near': torch.rand(3,37,41, generator=torch.Generator().manual_seed(0)),
+    'far': torch.rand(3,37,41, generator=torch.Generator().manual_seed(1))*.3+1000,
+    'tiny': torch.rand(3,37,41, generator=torch.Generator().manual_seed(2))*1e-20,
+    'bytes': (images((1,3,37,41))[0]*2).clamp(0, 255).byte(),
+    '16 bits': (images((1,3,37,41))[0]*300).to(torch.int32).clamp(0, 65535).to(torch.uint16),
+    'integers': (images((1,3,37,41))[0]*1e6).long(),
+    'half': torch.rand(3,37,41, generator=torch.Generator().manual_seed(3)).half(),
+    'double': images((1,3,37,41))[0],
+    'blank': torch.stack([torch.full((37,41), 7.3), torch.zeros(37,41), torch.rand(37,41)])}
+
+@pytest.mark.parametrize('size', [1, 5, 16, 64])
+@pytest.mark.parametrize('stat', STATS)
+@pytest.mark.parametrize('per', ['channel','image'])
+@pytest.mark.parametrize('x', WHOLES.values(), ids=WHOLES)
+def test_tiles_are_crops_of_the_whole(x, per, stat, size):
+    whole,*stats = image_normalize(x, per, stat, return_stats=True)
+    for at in tiles_of(x, size):
+        tile = image_normalize(x[at], stats=stats)
+        assert tile.dtype == whole.dtype and torch.equal(tile, whole[at])
+
+@pytest.mark.parametrize('x', [WHOLES[k] for k in ('near','half','blank')])
+def test_asking_for_statistics_changes_nothing_near_zero(x):
+    for stat in STATS:
+        out,*_ = image_normalize(x, stat=stat, return_stats=True)
+        assert torch.equal(image_normalize(x, stat=stat), out)
+
+@pytest.mark.parametrize('kw', [
+    dict(mask='nonzero'), dict(mask=lambda x: x > .5, stat='minmax'), dict(clip=(-1,2)), dict(eps=.5),
+    dict(stat='percentile', q=(5,50), clip=(0,1))])
+def test_options_are_the_wholes(kw):
+    "What an option has measured is in the statistics; a clip is asked for again"
+    x = WHOLES['near']
+    whole,*stats = image_normalize(x, return_stats=True, **kw)
+    for at in tiles_of(x, 10): assert torch.equal(image_normalize(x[at], stats=stats, clip=kw.get('clip')), whole[at])
+
+def test_tiles_of_volumes_and_signals():
+    g = torch.Generator().manual_seed(0)
+    for x,n in ((torch.rand(2,9,10,11, generator=g),3), (torch.rand(2,100, generator=g),1)):
+        whole,*stats = image_normalize(x, return_stats=True, ndim=n)
+        for at in tiles_of(x, 4, n): assert torch.equal(image_normalize(x[at], stats=stats, ndim=n), whole[at])
+
+def test_batches_of_tiles():
+    "All of one whole, or each of its own"
+    x = torch.stack([WHOLES['near'], WHOLES['near']*3+1])
+    whole,*stats = image_normalize(x, return_stats=True)
+    assert torch.equal(image_normalize(x[...,:8,3:9], stats=stats), whole[...,:8,3:9])
+    one = [o[0] for o in stats]
+    tiles = torch.stack([x[0][at] for at in tiles_of(x[0,:,:32,:32], 8)])
+    for xs in (tiles, TensorImage(tiles)):
+        out = image_normalize(xs, stats=one)
+        assert type(out) is type(xs)
+        assert torch.equal(plain(out), torch.stack([whole[0][at] for at in tiles_of(x[0,:,:32,:32], 8)]))
+
+def test_numbers_as_statistics():
+    x = WHOLES['near']
+    for stats in ((.5,.25), [torch.tensor(.5),torch.tensor(.25)], (np.float32(.5),np.full((3,1,1), .25, np.float32))):
+        assert torch.equal(image_normalize(x, stats=stats), (x-.5)/.25)
+    assert not image_normalize(x, stats=(.5,0)).any()  # no contrast, no scale
+
+def test_dead_pixels_of_a_tile():
+    x = WHOLES['near'].clone()
+    _,*stats = image_normalize(x, return_stats=True)
+    x[0,0,:2] = torch.tensor([math.nan,math.inf])
+    with pytest.warns(UserWarning, match='2 pixel.*of 192 are NaN or infinite') as rec:
+        y = image_normalize(x[...,:8,:8], stats=stats)
+    assert len(rec) == 1 and not y[0,0,:2].any() and y.isfinite().all()
+
+@pytest.mark.parametrize('stats,match', [
+    (3, 'pair of tensors or numbers'), ((1,2,3), 'pair'), (('a',1), 'pair'), 
+    ((0,-1.), 'scale at least 0'), ((math.nan,1), 'finite'), ((0,math.inf), 'finite'),
+    ((torch.zeros(3),torch.ones(3)), r'shape \[3, 1, 1\].*got \[3\]'),
+    ((torch.zeros(4,1,1),1), r'got \[4, 1, 1\]'), ((torch.zeros(2,3,1,1),1), r'got \[2, 3, 1, 1\]'),
+    ((torch.zeros(3,8,8),1), r'got \[3, 8, 8\]')])
+def test_bad_statistics(stats, match):
+    with pytest.raises(ValueError, match=match): image_normalize(torch.rand(3,8,8), stats=stats)
+
+@pytest.mark.parametrize('per', ['channel','image'])
+@pytest.mark.parametrize('stat', STATS)
+def test_tiles_in_training_and_prediction(per, stat, tmp_path):
+    "`ImageNormalize(stats=)` in a pipeline: batches are crops of the whole, decode to tiles, and come back from a file"
+    whole = (images((1,3,64,64))[0]*2).clamp(0, 255).float()
+    normalised,*stats = image_normalize(whole, per, stat, return_stats=True)
+    ats = list(tiles_of(whole, 16))
+    items = [(TensorImage(whole[at]),TensorCategory(i%2)) for i,at in enumerate(ats)]
+    tfm = ImageNormalize(stats=stats)
+    dls = DataLoaders.from_dsets(items, items, bs=5, shuffle=False, drop_last=False, after_batch=tfm, num_workers=0,
+                                 device='cpu')
+    for dl in dls:
+        got = torch.cat([plain(x) for x,_ in dl])
+        assert torch.equal(got, torch.stack([normalised[at] for at in ats]))
+    xb = next(iter(dls.valid))[0]
+    tiles = torch.stack([whole[at] for at in ats])
+    torch.testing.assert_close(plain(tfm.decode(xb)), tiles[:5], rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(plain(tfm.decode(xb[2:4])), tiles[2:4], rtol=1e-5, atol=1e-3)
+    again = pickle.loads(pickle.dumps(tfm))
+    assert torch.equal(plain(again(TensorImage(whole[None]))), normalised[None])
+
+def test_an_overview_is_near():
+    "Averaging keeps the mean, and takes noise out of the deviation"
+    x = F.interpolate(torch.rand(1,3,16,16, generator=torch.Generator().manual_seed(0)), 256, mode='bilinear')[0]
+    _,c,s = image_normalize(x, return_stats=True)
+    _,c2,s2 = image_normalize(F.avg_pool2d(x, 4), return_stats=True)
+    torch.testing.assert_close(c2, c, rtol=1e-4, atol=1e-5)
+    assert (s2 < s).all() and (s2 > .9*s).all()
