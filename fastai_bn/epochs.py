@@ -97,9 +97,9 @@ def _refuse_others(learn:Learner, own:Callback):
         raise ValueError(
             "AccumulateGradBN cannot follow the copies that DataParallel makes of the model. Use learn.distrib_ctx()")
 
-# %% ../nbs/04a_epochs.ipynb #e6cea246
-class WindowedEpochs(Callback):
-    "Open a window for each epoch, run the training loop inside it, and leave nothing behind whatever is raised"
+# %% ../nbs/04a_epochs.ipynb #6a57550f
+class EpochWindow(Callback):
+    "The window of the epoch at hand, which may go on with that of the epoch before"
     run_valid = False
     window = batches = _last_window = None
     _epoch,is_end = -1,False  # the epoch at hand; does the window end with it, short as it may be?
@@ -109,6 +109,36 @@ class WindowedEpochs(Callback):
     @property
     def plan(self) -> Plan: return Plan(self.n_step, self.bn_bs, self.last, getattr(self.dls, 'n_inp', None))
 
+    def begin_epoch(self):
+        "Say whether the window ends with this epoch. An error may have ended the fit that was before"
+        if self.epoch <= self._epoch: self.let_go()
+        self._epoch = self.epoch
+        self.is_end = self.last == 'step' or self.last == 'carry' and self.epoch+1 >= self.n_epoch
+
+    def open(self):
+        "Open a window of the learner's model: that of the epoch before, if it is the same"
+        grads = lambda: [] if self.opt is None else [p.grad for p,*_ in self.opt.all_params(with_grad=True)]
+        last = self._last_window
+        if last is None or last.model is not self.model or last.layers != bn_layers(self.model):
+            if last is not None and last.count: self.refuse_change()
+            last = Window(self.model, self.plan.per_step(self.dls.train), grads, self.pager)
+        self.window = self._last_window = last
+
+    def refuse_change(self):
+        "Raise `ValueError` where a window has gradients of another model, or of other parameters"
+        raise ValueError(
+            f"A window has gradients of {self.n_step} micro-batches, but within it a callback has begun to train "
+            "another model or other parameters. Use bn_bs='window', where each batch is a whole step, or switch "
+            "between windows (with last='carry' an epoch may end within one)")
+
+    def let_go(self):
+        "Let go of the model, and drop what was carried on"
+        last,self._last_window,self._epoch = self._last_window,None,-1
+        if last is not None and last.count: last.drop()
+
+# %% ../nbs/04a_epochs.ipynb #157b26f6
+class WindowedEpochs(EpochWindow):
+    "Open a window for each epoch, run the training loop inside it, and leave nothing behind whatever is raised"
     @property
     def is_running(self) -> bool: return self.window is not None and 'one_batch' in vars(self.learn)
 
@@ -136,9 +166,7 @@ class WindowedEpochs(Callback):
                 "validation of this learner ran there. Do so before the fit or in after_epoch")
             self.check(self.dl)
             self.learn.dl = self.batches = self.plan.rebatched(self.dl)
-            if self.epoch <= self._epoch: self.let_go()  # an error has ended the fit before
-            self._epoch = self.epoch
-            self.is_end = self.last == 'step' or self.last == 'carry' and self.epoch+1 >= self.n_epoch
+            self.begin_epoch()
             self.open()
             if not self.window.count: self.opt.zero_grad()
         except BaseException:
@@ -147,22 +175,6 @@ class WindowedEpochs(Callback):
         if not self.window.layers and not self._warned: warnings.warn(
             "AccumulateGradBN found no BatchNorm layer in the model: it accumulates gradients only")
         self._warned = True
-
-    def open(self):
-        "Open a window of the learner's model: that of the epoch before, if it is the same"
-        grads = lambda: [] if self.opt is None else [p.grad for p,*_ in self.opt.all_params(with_grad=True)]
-        last = self._last_window
-        if last is None or last.model is not self.model or last.layers != bn_layers(self.model):
-            if last is not None and last.count: self.refuse_change()
-            last = Window(self.model, self.plan.per_step(self.dls.train), grads, self.pager)
-        self.window = self._last_window = last
-
-    def refuse_change(self):
-        "Raise `ValueError` where a window has gradients of another model, or of other parameters"
-        raise ValueError(
-            f"A window has gradients of {self.n_step} micro-batches, but within it a callback has begun to train "
-            "another model or other parameters. Use bn_bs='window', where each batch is a whole step, or switch "
-            "between windows (with last='carry' an epoch may end within one)")
 
     def close(self):
         "Drop the window that is open, if any, and leave the learner as it was"
@@ -190,11 +202,6 @@ class WindowedEpochs(Callback):
         "Let go of the model, if there is no next epoch: this comes after each validation, too"
         last = self._last_window
         if last is not None and (not last.count or self.epoch+1 >= self.n_epoch): self.let_go()
-
-    def let_go(self):
-        "Let go of the model, and drop what was carried on"
-        last,self._last_window,self._epoch = self._last_window,None,-1
-        if last is not None and last.count: last.drop()
 
     def after_cancel_train(self): self.close()
     def after_cancel_epoch(self): self.close()
