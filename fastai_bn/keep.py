@@ -51,7 +51,7 @@ def is_kept(m:nn.Module) -> bool:
     stand = diverted(m)
     return stand is not None and stand.taker is nobody
 
-# %% ../nbs/01b_keep.ipynb #c96a9d51
+# %% ../nbs/01b_keep.ipynb #7df7138d
 class keep_running_stats:
     """Have BN layers normalise by the batch and leave their running statistics alone, within a `with` statement.
 
@@ -65,11 +65,12 @@ class keep_running_stats:
         if isinstance(model, nn.DataParallel): raise ValueError(
             "`model` must be a module that runs itself, got DataParallel. Its copies on other devices cannot be "
             "followed: use DistributedDataParallel")
-        self.model,self._open = model,[]
+        self.model = model
+        self._open,self._stands = [],{}  # the same objects stand in each time: others might be compiled again
 
     def __enter__(self):
         layers = {k:m for k,m in bn_layers(self.model).items() if not is_kept(m)}
-        block = diverting(layers, nobody)
+        block = diverting(layers, nobody, self._stands)
         block.__enter__()
         self._open.append(block)
 

@@ -267,6 +267,11 @@ def test_within_itself():
     with keep:
         with keep: pass
         model(X)
+        with capture_moments(bn_layers(model)) as cap:
+            with keep: model(X)
+            assert not cap.moments.counts
+            model(X)
+        assert cap.moments.counts
     assert model[1].num_batches_tracked == 0 and not stand_ins(model)
 
 def test_contexts_that_end_in_the_order_in_which_they_began_leave_nothing():
@@ -372,10 +377,10 @@ def test_a_compiled_model_is_compiled_once_for_all_passes_inside():
         return gm
     model = conv_net()
     run = torch.compile(model, backend=backend)
-    counts = []
+    counts,keep = [],keep_running_stats(model)
     for _ in range(4):
         run(X)
-        with keep_running_stats(model): run(X)
+        with keep: run(X)
         counts.append(n[0])
     assert counts[0] == counts[-1] and model[1].num_batches_tracked == 4
     torch._dynamo.reset()
