@@ -33,6 +33,7 @@ Modules:
 - `fastai_bn.forecast`: What a block of operations did, the next one will do: who is needed last leaves first
 - `fastai_bn.groupnorm`: `bn_to_gn`: GroupNorm in place of BatchNorm, in any model; `weight_standardize` to go with it
 - `fastai_bn.hpa`: The Kaggle layout of 4-channel fluorescence images with 28 labels, read into `DataLoaders`
+- `fastai_bn.keep`: `keep_running_stats`: passes that leave BN's running statistics alone, as checkpointing's second one
 - `fastai_bn.layers`: Its running statistics, its own `forward`, and the errors that name it
 - `fastai_bn.lockstep`: `MicroBatched`: one large batch computed in micro-batches that meet at every BatchNorm layer
 - `fastai_bn.making`: What was dropped is made by the calls that made it, and a check says whether the bits are the same

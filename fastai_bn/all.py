@@ -10,9 +10,10 @@ Docs: https://fastai-bn.github.io/fastai_bn/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/all.ipynb #460a944c
+# %% ../nbs/all.ipynb #850fb342
 from .moments import *
 from .capture import *
+from .keep import *
 from .window import *
 from .accumulate import *
 from .paging import *
@@ -27,9 +28,9 @@ from .virtual import *
 from .plan import *
 from .advice import *
 
-# %% ../nbs/all.ipynb #977ba8b5
-from . import accumulate, advice, capture, draw, groupnorm, hpa, lockstep, moments, normalize, paging, plan
-from . import precise, unet, virtual, window
-_modules = (moments, capture, window, accumulate, paging, lockstep, precise, groupnorm, unet, normalize, hpa, draw,
-            virtual, plan, advice)
+# %% ../nbs/all.ipynb #17711d69
+from . import accumulate, advice, capture, draw, groupnorm, hpa, keep, lockstep, moments, normalize, paging
+from . import plan, precise, unet, virtual, window
+_modules = (moments, capture, keep, window, accumulate, paging, lockstep, precise, groupnorm, unet, normalize, hpa,
+            draw, virtual, plan, advice)
 __all__ = list(dict.fromkeys(o for m in _modules for o in m.__all__))

@@ -23,9 +23,9 @@ from helpers import MODULES, ROOT, public_names, public_object
 from nb2md import page
 
 NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
-API = ['AccumulateGradBN','Window','capture_moments','ActivationPager','MicroBatched','precise_bn','Moments',
-       'bn_layers','bn_to_gn','weight_standardize','gn_unet_learner','image_normalize','ImageNormalize',
-       'HPADataLoaders','make_hpa','HPA_LABELS']
+API = ['AccumulateGradBN','Window','capture_moments','keep_running_stats','ActivationPager','MicroBatched',
+       'precise_bn','Moments','bn_layers','bn_to_gn','weight_standardize','gn_unet_learner','image_normalize',
+       'ImageNormalize','HPADataLoaders','make_hpa','HPA_LABELS']
 MOVED = ['BNCapture','BNUpdates','capture_moments','hold_updates','update_running_stats']  # from moments to capture
 
 def read(name): return (ROOT/name).read_text(encoding='utf-8')
