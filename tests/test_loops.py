@@ -10,15 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastai_bn.all import ActivationPager
+from fastai_bn.all import AccumulateGradBN, ActivationPager
 from helpers import (
-    ROOT, Boom, assert_differ, assert_equal_states, assert_same, assert_same_bits, mean_ce, quiet_budget, reference_fit,
-    snapshot, stand_ins, windows_of)
+    ROOT, Boom, assert_differ, assert_equal_states, assert_same, assert_same_bits, conv_net, do_fit, get_dls,
+    get_learner, labels, mean_ce, quiet_budget, reference_fit, snapshot, stand_ins, tilted, windows_of)
 
 pytestmark = quiet_budget
 TOL = 1e-12  # of weights and statistics of size one, after four steps
-LIBRARIES = {'Plain PyTorch':'torch', 'Lightning':'lightning.pytorch', 'Accelerate':'accelerate',
-             'Hugging Face Trainer':'transformers'}
+LIBRARIES = {'Lightning':'lightning.pytorch', 'Accelerate':'accelerate', 'Hugging Face Trainer':'transformers'}
 
 @cache
 def cells() -> dict[str,list[str]]:
@@ -34,7 +33,7 @@ def cells() -> dict[str,list[str]]:
 @cache
 def page(section:str) -> dict:
     "Run the page's cells of `section`, after those that all need; get the names that they define"
-    pytest.importorskip(LIBRARIES[section], reason=f'the recipe is for {LIBRARIES[section]}')
+    if section in LIBRARIES: pytest.importorskip(LIBRARIES[section], reason=f'{LIBRARIES[section]} is not installed')
     if section == 'Lightning': logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
     names = {'__name__':'any_loop'}
     for source in [o for s in ('The task', section) for o in cells()[s]]: exec(source, names)
@@ -233,6 +232,24 @@ def test_an_exception_in_the_trainer(name):
     with pytest.raises(Boom): p['train'](Fails, 3, 4, model=model)
     assert not stand_ins(model)
     with ActivationPager(None): pass  # none is open
+
+# --- The DataLoader gives the optimizer's batch
+
+def test_slices_of_the_page():
+    p = page("The DataLoader gives the optimizer's batch")
+    assert_same(p['in_slices'], p['want'])
+
+@pytest.mark.parametrize('bs,micro_bs', [(8,2), (8,3), (12,12), (23,1)])
+@pytest.mark.parametrize('kw', [{}, dict(budget='300KB')], ids=str)
+def test_slices_of_a_learners_batch(bs, micro_bs, kw):
+    "`n_step` 1 and `micro_bs`: the large batch, exact to rounding, in as many steps and batches"
+    def fit(*cbs):
+        learn = get_learner(get_dls(tilted(23), labels(23), bs), conv_net(), cbs)
+        do_fit(learn, 2)
+        return learn
+    got,want = fit(AccumulateGradBN(1, micro_bs=micro_bs, **kw)),fit()
+    assert_same(got.model, want.model)
+    assert len(got.recorder.losses) == len(want.recorder.losses) == 2*-(-23//bs)
 
 def test_the_libraries_large_batch_is_that_of_plain_pytorch():
     "So one reference serves all"
