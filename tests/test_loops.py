@@ -3,6 +3,9 @@ And what else a user of these libraries meets: precision, clipping, limits, sche
 import copy
 import json
 import logging
+import subprocess
+import sys
+from contextlib import nullcontext
 from functools import cache
 
 import pytest
@@ -10,34 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import recipes
 from fastai_bn.all import AccumulateGradBN, ActivationPager
 from helpers import (
-    ROOT, Boom, assert_differ, assert_equal_states, assert_same, assert_same_bits, conv_net, do_fit, get_dls,
-    get_learner, labels, mean_ce, quiet_budget, reference_fit, snapshot, stand_ins, tilted, windows_of)
+    LAUNCH, Boom, assert_differ, assert_equal_states, assert_same, assert_same_bits, conv_net, do_fit, get_dls,
+    get_learner, labels, mean_ce, process_env, quiet_budget, reference_fit, snapshot, stand_ins, tilted, windows_of)
 
 pytestmark = quiet_budget
 TOL = 1e-12  # of weights and statistics of size one, after four steps
 LIBRARIES = {'Lightning':'lightning.pytorch', 'Accelerate':'accelerate', 'Hugging Face Trainer':'transformers'}
 
 @cache
-def cells() -> dict[str,list[str]]:
-    "Get the shown code of the page, by section"
-    res,section = {},None
-    for c in json.loads((ROOT/'nbs/any_loop.ipynb').read_text(encoding='utf-8'))['cells']:
-        source = ''.join(c['source'])
-        for line in source.splitlines():
-            if c['cell_type'] == 'markdown' and line.startswith('## '): section = line[3:].split(' {#')[0]
-        if c['cell_type'] == 'code' and not source.startswith('#| '): res.setdefault(section, []).append(source)
-    return res
-
-@cache
 def page(section:str) -> dict:
     "Run the page's cells of `section`, after those that all need; get the names that they define"
     if section in LIBRARIES: pytest.importorskip(LIBRARIES[section], reason=f'{LIBRARIES[section]} is not installed')
     if section == 'Lightning': logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
-    names = {'__name__':'any_loop'}
-    for source in [o for s in ('The task', section) for o in cells()[s]]: exec(source, names)
-    return names
+    return recipes.run_cells(section)
 
 def by_hand(names, n_epoch=2, n=4, model=None, **kw):
     "The same accumulation by hand: the mean over all samples, and pooled statistics"
@@ -72,6 +63,27 @@ def test_accelerate():
 def test_trainer():
     p = page('Hugging Face Trainer')
     check(p, *p['trained'].values())
+
+@pytest.mark.parametrize('section,run', [
+    ('Plain PyTorch', lambda p: p['paged']()),
+    ('Lightning', lambda p: p['fit'](12, p['Paged']('300KB'))),
+    ('Accelerate', lambda p: p['accelerate_paged']()),
+    ('Hugging Face Trainer', lambda p: p['train'](p['PagedTrainer'], 12, budget='300KB'))],
+    ids=['plain', 'lightning', 'accelerate', 'trainer'])
+def test_pagers_are_at_work(section, run, monkeypatch):
+    "Four windows, and something leaves in them"
+    p,pagers = page(section),[]
+    class Seen(ActivationPager):
+        n_blocks = 0
+        def __init__(self, *args):
+            super().__init__(*args)
+            pagers.append(self)
+        def __exit__(self, *exc):
+            super().__exit__(*exc)
+            self.n_blocks += 1
+    monkeypatch.setitem(p, 'ActivationPager', Seen)
+    run(p)
+    assert [o.n_blocks for o in pagers] == [4] and pagers[0].moved > 0
 
 
 # --- Lightning
@@ -126,6 +138,16 @@ def test_accumulated_beside_clipping():
     sum(F.cross_entropy(model(a), b, reduction='sum')/12 for a,b in zip(x.split(3), y.split(3))).backward()
     want = torch.cat([o.grad.flatten() for o in model.parameters()]).norm().item()
     assert len(norms) == 4 and norms[0] == pytest.approx(want, rel=TOL)
+
+def test_accumulated_beside_a_loss_scaler():
+    "The gradient is that of the scaled loss until Lightning unscales it"
+    p = page('Lightning')
+    class Scaled(p['pl'].plugins.MixedPrecision):
+        def autocast_context_manager(self): return nullcontext()
+    scaler = torch.amp.GradScaler('cpu', init_scale=2.**10)
+    got = p['fit'](3, p['Accumulated'](), plugins=[Scaled('16-mixed', 'cpu', scaler)], accumulate_grad_batches=4)
+    assert_same(got, by_hand(p), TOL)
+    assert scaler.get_scale() == 2.**10
 
 def test_accumulated_with_a_schedule():
     "One micro-batch to a step in the first epoch, four in the second"
@@ -257,3 +279,15 @@ def test_the_libraries_large_batch_is_that_of_plain_pytorch():
     assert_same_bits(p['fit'](12), p['want'])
     t = page('Hugging Face Trainer')
     assert_same_bits(copy.deepcopy(t['train'](t['Trainer'], 12)).model, t['want'])
+
+@pytest.mark.slow
+def test_windows_in_two_processes(tmp_path):
+    "Gradients are averaged once per window: weights are those of one process with all samples"
+    for name in LIBRARIES.values(): pytest.importorskip(name, reason=f'{name} is not installed')
+    env = {**process_env(), 'OMP_NUM_THREADS':'1'}
+    command = [sys.executable, *LAUNCH, recipes.__file__, tmp_path]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stderr[-4000:]
+    for rank in (0, 1):
+        errors = json.loads((tmp_path/f'{rank}.json').read_text())
+        assert errors.keys() == {'accelerate','trainer','accumulated','manual'} and max(errors.values()) < TOL
