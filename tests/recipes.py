@@ -1,5 +1,5 @@
-"""The cells of the page "In any loop". `accelerate launch tests/recipes.py FOLDER` runs its windows in two processes, on
-a net without BatchNorm, and writes to FOLDER/RANK.json how far the weights are from those of one process"""
+"""The cells of the page "In any loop". `accelerate launch tests/recipes.py FOLDER` runs its windows in two processes,
+on a net without BatchNorm, and writes to FOLDER/RANK.json how far the weights are from those of one process"""
 import ast
 import json
 import os

@@ -280,7 +280,6 @@ def test_the_libraries_large_batch_is_that_of_plain_pytorch():
     t = page('Hugging Face Trainer')
     assert_same_bits(copy.deepcopy(t['train'](t['Trainer'], 12)).model, t['want'])
 
-@pytest.mark.slow
 def test_windows_in_two_processes(tmp_path):
     "Gradients are averaged once per window: weights are those of one process with all samples"
     for name in LIBRARIES.values(): pytest.importorskip(name, reason=f'{name} is not installed')
