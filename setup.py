@@ -26,6 +26,6 @@ setup(
     packages=find_packages(include=[lib, f'{lib}.*']),
     python_requires=f'>={cfg["min_python"]}',
     install_requires=cfg['requirements'].split(),
-    extras_require={o: cfg[f'{o}_requirements'].split() for o in ('dist','dev','doc','bench')},
+    extras_require={o: cfg[f'{o}_requirements'].split() for o in ('dist','loops','dev','doc','bench')},
     entry_points={'nbdev': [f'{lib} = {lib}._modidx:d']},
 )

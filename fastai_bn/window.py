@@ -14,8 +14,9 @@ for i,(xb,yb) in enumerate(dl):
         window.add()
     if last and window.finish():
         opt.step()
+        opt.zero_grad()
         window.commit()
-    if last: opt.zero_grad()
+    elif last: window.drop()
 ```
 
 **Use it** in your own loop, where accumulation has to be right at the ends: a short last micro-batch, a short last

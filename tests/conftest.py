@@ -16,7 +16,7 @@ from fastai_bn import storages
 torch.set_num_threads(int(os.environ.get('FASTAI_BN_THREADS', 1)))
 
 # Files that `make quick` leaves out, like tests that are marked slow
-SLOW = 'bench','demo','distributed','docs','faults','ops','package','precision','soak','unet'
+SLOW = 'bench','demo','distributed','docs','faults','loops','ops','package','precision','soak','unet'
 
 def is_slow(path): return path.stem.removeprefix('test_') in SLOW
 

@@ -365,6 +365,10 @@ def data_base(module, name):
 
 def tensors(*trees): return [t for t in tree_iter(trees) if isinstance(t, torch.Tensor)]
 
+# Arguments of Python that start a script in two processes
+LAUNCH = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1',
+          '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0']
+
 def process_env():
     "The environment of a process of its own that is to find this package"
     path = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])

@@ -456,15 +456,18 @@ def test_batches_of_any_size(last):
     assert_same(small, go(whole, without()), 1e-11)  # each sample weighs the same
     with pytest.raises(ValueError, match='bn_bs'): go(groups, conv_net(), AccumulateGradBN(3, bn_bs=4))
 
+@pytest.mark.parametrize('bn_bs', [None, 'window'])
 @pytest.mark.parametrize('at', [(1,4,2), (4,1,11)])
-def test_n_step_may_change_between_epochs(at):
+def test_n_step_may_change_between_epochs(at, bn_bs):
     class Schedule(Callback):
         def before_epoch(self): self.learn.accumulate_grad_bn.n_step = at[self.epoch]
     xs,ys = tilted(22),labels(22)
-    learn = get_learner(get_dls(xs, ys, 2), conv_net(), [AccumulateGradBN(at[0], bn_bs='window'), Schedule()])
+    learn = get_learner(get_dls(xs, ys, 2), conv_net(), [AccumulateGradBN(at[0], bn_bs=bn_bs), Schedule()])
     do_fit(learn, 3, .05)
     ref = conv_net()
-    for k in at: plain_fit(ref, zip(xs.split(2*k), ys.split(2*k)), 1)
+    for k in at:
+        if bn_bs is None: reference_fit(ref, windows_of(xs, ys, 2, k), mean_ce, lr=.05)
+        else: plain_fit(ref, zip(xs.split(2*k), ys.split(2*k)), 1)
     assert_same(learn.model, ref, 1e-11)
 
 def test_n_step_may_change_in_mid_epoch():

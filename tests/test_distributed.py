@@ -9,12 +9,9 @@ import torch.nn.functional as F
 
 import ranks
 from fastai_bn.all import AccumulateGradBN, MicroBatched
-from helpers import (F64, Inputs, conv_net, counted_ce, do_fit, get_dls, get_learner, process_env, quiet_budget,
+from helpers import (F64, LAUNCH, Inputs, conv_net, counted_ce, do_fit, get_dls, get_learner, process_env, quiet_budget,
                      reference_fit, running_of, tilted, windows_of)
 from ranks import BS, EMPTY, MODES, STEP, data
-
-LAUNCH = ['-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1',
-          '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0']
 
 @pytest.fixture(scope='session')
 def got(tmp_path_factory):
