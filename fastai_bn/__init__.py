@@ -33,6 +33,7 @@ Modules:
 - `fastai_bn.forecast`: What a block of operations did, the next one will do: who is needed last leaves first
 - `fastai_bn.groupnorm`: `bn_to_gn`: GroupNorm in place of BatchNorm, in any model; `weight_standardize` to go with it
 - `fastai_bn.hpa`: The Kaggle layout of 4-channel fluorescence images with 28 labels, read into `DataLoaders`
+- `fastai_bn.hpafiles`: Which file holds which channel of which image
 - `fastai_bn.keep`: `keep_running_stats`: passes that leave BN's running statistics alone, as checkpointing's second one
 - `fastai_bn.layers`: Its running statistics, its own `forward`, and the errors that name it
 - `fastai_bn.lockstep`: `MicroBatched`: one large batch computed in micro-batches that meet at every BatchNorm layer
@@ -59,6 +60,7 @@ Modules:
 - `fastai_bn.sampling`: Which samples a population is measured on: each once, and no random number is drawn for it
 - `fastai_bn.schedule`: When copies begin: out as soon as nobody needs a storage for long, in as soon as there is room
 - `fastai_bn.storages`: Who is on the device, and how many bytes that is
+- `fastai_bn.submission`: `submission_table`: `Id,Predicted` for a competition; `best_thresholds`: one threshold a label
 - `fastai_bn.threads`: What a thread is set to, and how to set it back for a while
 - `fastai_bn.toolarge`: What is said when an operation does not fit into the budget alone
 - `fastai_bn.tracker`: Every operation belongs to a layer, in the backward pass, too

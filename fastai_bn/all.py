@@ -10,7 +10,7 @@ Docs: https://fastai-bn.github.io/fastai_bn/all.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/all.ipynb #850fb342
+# %% ../nbs/all.ipynb #e1ea2298
 from .moments import *
 from .capture import *
 from .keep import *
@@ -24,13 +24,14 @@ from .unet import *
 from .normalize import *
 from .hpa import *
 from .draw import *
+from .submission import *
 from .virtual import *
 from .plan import *
 from .advice import *
 
-# %% ../nbs/all.ipynb #17711d69
+# %% ../nbs/all.ipynb #90992c74
 from . import accumulate, advice, capture, draw, groupnorm, hpa, keep, lockstep, moments, normalize, paging
-from . import plan, precise, unet, virtual, window
+from . import plan, precise, submission, unet, virtual, window
 _modules = (moments, capture, keep, window, accumulate, paging, lockstep, precise, groupnorm, unet, normalize, hpa,
-            draw, virtual, plan, advice)
+            draw, submission, virtual, plan, advice)
 __all__ = list(dict.fromkeys(o for m in _modules for o in m.__all__))

@@ -296,7 +296,7 @@ def test_colour_files_are_as_bright_as_gray_ones(small):
         # a palette rounds
         np.testing.assert_allclose(x.numpy(), np.stack([g/255]*4), atol=3/255 if mode == 'P' else 1e-6)
 
-@pytest.mark.parametrize('other', ['blue.jpg','blue.tif','blue.PNG','Blue.png'])
+@pytest.mark.parametrize('other', ['blue.jpeg','blue.tif','blue.PNG','Blue.png'])
 def test_files_of_another_kind_are_named(small, other):
     i = ids(small)[1]
     f = small/'train'/f'{i}_blue.png'
