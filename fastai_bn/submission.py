@@ -6,7 +6,7 @@ labels' F1, counts them as much as the others. `best_thresholds` chooses one per
 `submission_table` makes the file.
 
 **Use it** with `HPADataLoaders` or any predictions of several labels. **Do not** choose thresholds on images that the
-net was trained on.
+net was trained on, or on so few that labels are missing.
 
 Docs: https://fastai-bn.github.io/fastai_bn/submission.html.md"""
 
@@ -25,12 +25,12 @@ from sklearn.metrics import precision_recall_curve
 # %% auto #0
 __all__ = ['best_thresholds', 'submission_table']
 
-# %% ../nbs/52_submission.ipynb #a3cc49b5
+# %% ../nbs/52_submission.ipynb #f6c1788d
 def best_thresholds(
     probs:Tensor,   # Probabilities [N, L] of L labels, or scores of any range, as `learn.get_preds()` gives them
     targets:Tensor, # Which are right: 0 or 1, [N, L]
 ) -> Tensor: # Shape [L]: a label is predicted from its threshold on
-    """Choose for each label the threshold of the highest F1. A label that no image has gets one above all its scores.
+    """Choose for each label the threshold of the highest F1. A label that no image has gets infinity: never predicted.
 
     Raises `ValueError` if the shapes differ or are not [N, L]."""
     if probs.shape != targets.shape or probs.dim() != 2 or not len(probs): raise ValueError(
@@ -39,7 +39,7 @@ def best_thresholds(
 
 def _best(y:np.ndarray, p:np.ndarray) -> float:
     "Choose the threshold of one label"
-    if not y.any(): return np.nextafter(p.max(), np.inf)
+    if not y.any(): return np.inf
     precision,recall,thresholds = precision_recall_curve(y, p)  # the last has no threshold
     f1 = 2*precision*recall/np.maximum(precision+recall, 1e-12)
     return thresholds[f1[:-1].argmax()]

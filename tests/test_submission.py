@@ -127,7 +127,7 @@ def test_no_threshold_is_better(seed, n, ties):
         score = lambda t: f1_score(y[:,k], p[:,k] >= t, zero_division=0)
         every = [score(o) for o in p[:,k]]
         assert score(t[k]) == pytest.approx(max(every) if y[:,k].any() else 0)
-        if not y[:,k].any(): assert not (p[:,k] >= t[k]).any()
+        assert t[k].isinf() == (not y[:,k].any())
 
 def test_thresholds_for_single_precision_and_for_scores_of_any_range():
     p,y = torch.tensor([[-5.,3.],[2.,7.],[9.,8.]]),torch.tensor([[0,1],[1,0],[1,1]])
@@ -147,6 +147,7 @@ def test_the_table():
     assert submission_table('abc', p, .95).Predicted.tolist() == ['0','1','2']  # the nearest one
     assert submission_table('abc', p, torch.tensor([.5,.1,.9])).Predicted.tolist() == ['0 1','1','0 1']
     assert submission_table('abc', p, np.array([2.,2.,.7])).Predicted.tolist() == ['2','2','2']
+    assert submission_table('abc', p, [.5,torch.inf,.9]).Predicted.tolist() == ['0','0','0']
     with pytest.raises(ValueError, match='row for each of the 2 images, got 3'): submission_table('ab', p)
     with pytest.raises(ValueError, match='one for each of the 3 labels, got shape'): submission_table('abc', p, [.1]*28)
     with pytest.raises(ValueError, match='loaded images have no Id'): submission_table(list(torch.rand(3,4,8,8)), p)
