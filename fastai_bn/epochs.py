@@ -136,7 +136,7 @@ class EpochWindow(Callback):
         last,self._last_window,self._epoch = self._last_window,None,-1
         if last is not None and last.count: last.drop()
 
-# %% ../nbs/04a_epochs.ipynb #157b26f6
+# %% ../nbs/04a_epochs.ipynb #66d16624
 class WindowedEpochs(EpochWindow):
     "Open a window for each epoch, run the training loop inside it, and leave nothing behind whatever is raised"
     @property
@@ -199,9 +199,10 @@ class WindowedEpochs(EpochWindow):
     def after_epoch(self): take_away(self.learn, 'all_batches')
 
     def after_fit(self):
-        "Let go of the model, if there is no next epoch: this comes after each validation, too"
+        "Let go of the model, if there is no next epoch: this comes after each validation, in mid-window, too"
         last = self._last_window
-        if last is not None and (not last.count or self.epoch+1 >= self.n_epoch): self.let_go()
+        if self.window is not None or last is None: return
+        if not last.count or self.epoch+1 >= self.n_epoch: self.let_go()
 
     def after_cancel_train(self): self.close()
     def after_cancel_epoch(self): self.close()

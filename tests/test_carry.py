@@ -144,6 +144,19 @@ def test_predictions_validation_and_population_statistics_in_between_change_noth
     assert between.done and copied.done
     assert_same(learn.model, by_hand(endless(N, BS, N_STEP, 3)))
 
+@pytest.mark.parametrize('epoch', [0, 1, 2])
+def test_a_validation_in_mid_epoch_changes_nothing(epoch):
+    "It begins and ends as a fit does, and resets fastai's count of epochs"
+    def look(learn):
+        dl,n = learn.dl,learn.epoch
+        learn.validate()
+        learn.dl,learn.epoch,learn.training = dl,n,True
+        learn.model.train()
+    learn = carrier(looked := At('after_batch', epoch, 1, look))
+    do_fit(learn, 3)
+    assert looked.done
+    assert_same(learn.model, by_hand(endless(N, BS, N_STEP, 3)))
+
 def test_precise_statistics_are_of_the_weights_of_the_last_step():
     learn,plain = carrier(PreciseBN()),carrier()
     do_fit(learn, 2)
