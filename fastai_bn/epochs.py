@@ -97,46 +97,63 @@ def _refuse_others(learn:Learner, own:Callback):
         raise ValueError(
             "AccumulateGradBN cannot follow the copies that DataParallel makes of the model. Use learn.distrib_ctx()")
 
-# %% ../nbs/04a_epochs.ipynb #6a57550f
+# %% ../nbs/04a_epochs.ipynb #c444b85c
 class EpochWindow(Callback):
     "The window of the epoch at hand, which may go on with that of the epoch before"
     run_valid = False
     window = batches = _last_window = None
-    _epoch,is_end = -1,False  # the epoch at hand; does the window end with it, short as it may be?
+    is_end = False  # does the window end with the epoch, short as it may be?
+    _aside = ()     # gradients of a window between two epochs: parameter, gradient
+    _begun = 0      # fits and validations that have begun since, and did not end
     # What `learn.export` leaves out: the epoch under way
-    _stateattrs = 'window','batches','_last_window','_epoch','is_end','_params','_trained'
+    _stateattrs = 'window','batches','_last_window','is_end','_aside','_begun','_params','_trained'
 
     @property
     def plan(self) -> Plan: return Plan(self.n_step, self.bn_bs, self.last, getattr(self.dls, 'n_inp', None))
 
-    def begin_epoch(self):
-        "Say whether the window ends with this epoch. An error may have ended the fit that was before"
-        if self.epoch <= self._epoch: self.let_go()
-        self._epoch = self.epoch
-        self.is_end = self.last == 'step' or self.last == 'carry' and self.epoch+1 >= self.n_epoch
-
     def open(self):
         "Open a window of the learner's model: that of the epoch before, if it is the same"
         grads = lambda: [] if self.opt is None else [p.grad for p,*_ in self.opt.all_params(with_grad=True)]
-        last = self._last_window
-        if last is None or last.model is not self.model or last.layers != bn_layers(self.model):
-            if last is not None and last.count: self.refuse_change()
-            last = Window(self.model, self.plan.per_step(self.dls.train), grads, self.pager)
-        self.window = self._last_window = last
+        window = self._last_window
+        if window is None or window.model is not self.model or window.layers != bn_layers(self.model):
+            if window is not None and window.count: refuse_change(window.count)
+            window = Window(self.model, self.plan.per_step(self.dls.train), grads, self.pager)
+        self.window = self._last_window = window
 
-    def refuse_change(self):
-        "Raise `ValueError` where a window has gradients of another model, or of other parameters"
-        raise ValueError(
-            f"A window has gradients of {self.n_step} micro-batches, but within it a callback has begun to train "
-            "another model or other parameters. Use bn_bs='window', where each batch is a whole step, or switch "
-            "between windows (with last='carry' an epoch may end within one)")
+    def begin_epoch(self):
+        "Open the window and, if it goes on, bring back its gradients"
+        self.is_end = self.last == 'step' or self.last == 'carry' and self.epoch+1 >= self.n_epoch
+        if self._begun: self.let_go()  # another fit
+        self.open()
+        self.opt.zero_grad()
+        for p,grad in self._aside: p.grad = grad
+        self._aside = ()
+
+    def carry(self):
+        "Set the window aside, with its gradients: until it goes on, `.grad` is anybody's"
+        self._aside = [(p, p.grad) for p,*_ in self.opt.all_params(with_grad=True)]
+        for p,_ in self._aside: p.grad = None
+        self.window,self._begun = None,0
 
     def let_go(self):
-        "Let go of the model, and drop what was carried on"
-        last,self._last_window,self._epoch = self._last_window,None,-1
-        if last is not None and last.count: last.drop()
+        "Let go of the model, and of what was carried"
+        self._last_window,self._aside,self._begun = None,(),0
 
-# %% ../nbs/04a_epochs.ipynb #66d16624
+    def before_fit(self): self._begun += 1
+
+    def after_fit(self):
+        "Let go, if that was the fit: both events come with each `learn.validate`, too"
+        self._begun -= 1
+        if self.window is None and (self._begun < 0 or not self._aside): self.let_go()
+
+def refuse_change(n:int):
+    "Raise `ValueError` where a window has gradients of another model, or of other parameters"
+    raise ValueError(
+        f"A window has gradients of {n} micro-batches, but within it a callback has begun to train another model or "
+        "other parameters. Use bn_bs='window', where each batch is a whole step, or switch between windows (with "
+        "last='carry' an epoch may end within one)")
+
+# %% ../nbs/04a_epochs.ipynb #3bcb4597
 class WindowedEpochs(EpochWindow):
     "Open a window for each epoch, run the training loop inside it, and leave nothing behind whatever is raised"
     @property
@@ -167,8 +184,6 @@ class WindowedEpochs(EpochWindow):
             self.check(self.dl)
             self.learn.dl = self.batches = self.plan.rebatched(self.dl)
             self.begin_epoch()
-            self.open()
-            if not self.window.count: self.opt.zero_grad()
         except BaseException:
             self.close()
             raise
@@ -193,16 +208,10 @@ class WindowedEpochs(EpochWindow):
                 try: learn._with_events(learn._step, 'step', CancelStepException)
                 except CancelBatchException: pass
             self.opt.zero_grad()
-        elif self.last == 'carry': self.window = None  # not dropped: the next epoch opens it again
+        elif w is not None and w.count and self.last == 'carry': self.carry()
         self.close()
 
     def after_epoch(self): take_away(self.learn, 'all_batches')
-
-    def after_fit(self):
-        "Let go of the model, if there is no next epoch: this comes after each validation, in mid-window, too"
-        last = self._last_window
-        if self.window is not None or last is None: return
-        if not last.count or self.epoch+1 >= self.n_epoch: self.let_go()
 
     def after_cancel_train(self): self.close()
     def after_cancel_epoch(self): self.close()

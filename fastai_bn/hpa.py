@@ -214,7 +214,7 @@ def _knows(f:Transform, o) -> bool:
     except LookupError: return False
     return True
 
-# %% ../nbs/50_hpa.ipynb #c33083b7
+# %% ../nbs/50_hpa.ipynb #57df1daa
 class HPADataLoaders(DataLoaders):
     "`DataLoaders` of Human Protein Atlas images: made by `HPADataLoaders.from_folder`"
     @classmethod
@@ -261,11 +261,16 @@ class HPADataLoaders(DataLoaders):
         A folder gives all of its images, sorted by Id. Raises `FileNotFoundError` if it has none, or if a channel of an
         image in a folder is missing."""
         channels = next(o.channels for o in self.valid_ds.tls[0].tfms.fs if isinstance(o, LoadHPA))
-        if isinstance(test_items, pd.DataFrame): test_items = test_items['Id']
-        if isinstance(test_items, Path) and test_items.is_dir(): test_items = images_in(test_items, channels)
-        if isinstance(test_items, (str,Path,Tensor)): test_items = [test_items]
-        if folder is not None: test_items = images_of(Path(folder), test_items, channels)
-        return super().test_dl([(o,) if isinstance(o, (str,Path)) else o for o in test_items], **kwargs)
+        items = _listed(test_items, channels)
+        if folder is not None: items = images_of(Path(folder), items, channels)
+        if not items: raise ValueError("`test_items` must name at least one image, got none")
+        return super().test_dl([(o,) if isinstance(o, (str,Path)) else o for o in items], **kwargs)
+
+def _listed(items, channels:str) -> list:
+    "List what there is to predict on"
+    if isinstance(items, pd.DataFrame): return items['Id'].tolist()
+    if isinstance(items, (str,Path)) and Path(items).is_dir(): return images_in(Path(items), channels)
+    return [items] if isinstance(items, (str,Path,Tensor)) else list(items)
 
 # %% ../nbs/50_hpa.ipynb #e3971d22
 _all_ = ['make_hpa']

@@ -20,7 +20,7 @@ from pathlib import Path
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/50a_hpafiles.ipynb #ef4227b6
+# %% ../nbs/50a_hpafiles.ipynb #12b61784
 #: The letter of each channel, and its colour in file names
 COLOURS = dict(r='red', g='green', b='blue', y='yellow')
 
@@ -36,6 +36,7 @@ def check_channels(channels:str):
 
 def check_id(i:str, remedy:str=''):
     "Raise `ValueError` if `i` is no plain file name"
+    if not isinstance(i, str): raise ValueError(f"`Id` must be a string, got {i!r}. Read tables with dtype=str")
     if not re.fullmatch(r'[\w.-]+', i) or i.startswith('.'):
         raise ValueError(f"`Id` must be a plain file name (letters, digits, '_', '-', '.'), got {i[:99]!r}{remedy}")
 
@@ -59,7 +60,7 @@ def instead(
     same = sorted(o.name for o in f.parent.iterdir() if o.stem.lower() == f.stem.lower())
     return f"There is {same[0]}, but only {f.name} (or .jpg) is read: convert or rename it" if same else ''
 
-# %% ../nbs/50a_hpafiles.ipynb #0a15a550
+# %% ../nbs/50a_hpafiles.ipynb #4f63d053
 def images_of(
     folder:Path,   # Of images
     ids:list[str], # Their Ids
@@ -67,25 +68,34 @@ def images_of(
 ) -> list[Path]: # `folder/Id`, in the order of the Ids
     "Name images. Raises `FileNotFoundError` if a channel has no file, `ValueError` for an Id that leads elsewhere"
     for i in ids: check_id(i)
-    have = _stems(folder)
     names = [f'{i}_{COLOURS[c]}' for i in ids for c in channels]
-    missing = [n for n in names if n not in have]
-    if not missing: return [folder/i for i in ids]
-    f = folder/f'{missing[0]}{_ENDINGS[0]}'
-    remedy = instead(f) or "Copy it there, or remove its row"
-    raise FileNotFoundError(f"{f} is missing ({len(missing)} of {len(names)} files are). {remedy}")
+    have = {f.stem for f in _files(folder) if f.suffix in _ENDINGS}
+    if missing := [n for n in names if n not in have]: _refuse_missing(folder, missing, len(names))
+    return [folder/i for i in ids]
 
-def _stems(folder:Path) -> set[str]:
-    "List the files that are read, without their endings"
-    if not folder.is_dir(): return set()
-    files = [Path(o.name) for o in os.scandir(folder) if o.is_file()]
-    return {f.stem for f in files if f.suffix in _ENDINGS}
+def _refuse_missing(folder:Path, missing:list[str], n:int):
+    "Raise `FileNotFoundError` for `missing` channels, of `n`"
+    f = folder/f'{missing[0]}{_ENDINGS[0]}'
+    remedy = instead(f) or "Copy it there, or leave that image out"
+    raise FileNotFoundError(f"{f} is missing ({len(missing)} of {n} files are). {remedy}")
+
+def _files(folder:Path) -> list[Path]:
+    "List the files that are not hidden"
+    if not folder.is_dir(): return []
+    return [Path(o.name) for o in os.scandir(folder) if o.is_file() and not o.name.startswith('.')]
+
+# %% ../nbs/50a_hpafiles.ipynb #8d494691
+_COLOUR = '_(?:red|green|blue|yellow)'
+# Of any ending, and in capitals, too: an image whose files are not read is an error, not one image less
+_CHANNEL = re.compile(rf'(.+){_COLOUR}\.\w+', re.I)
+_COMPOSITE = re.compile(f'{_COLOUR}{_COLOUR}$', re.I)  # the atlas has pictures of three channels beside them
 
 def images_in(
     folder:Path,  # Holds {Id}_red.png and so on
     channels:str, # Letters of 'rgby', which every image must have
 ) -> list[Path]: # `folder/Id`, sorted
     "List the images of a folder. Raises `FileNotFoundError` if it has none, or a channel of one is missing"
-    ids = {i for i,_,colour in (o.rpartition('_') for o in _stems(folder)) if i and colour in COLOURS.values()}
+    found = [_CHANNEL.fullmatch(f.name) for f in _files(folder)]
+    ids = {m[1] for m in found if m and not _COMPOSITE.search(m[1])}
     if not ids: raise FileNotFoundError(f"{folder} has no image. Their files are named Id_red.png and so on")
     return images_of(folder, sorted(ids), channels)

@@ -144,6 +144,33 @@ def test_predictions_validation_and_population_statistics_in_between_change_noth
     assert between.done and copied.done
     assert_same(learn.model, by_hand(endless(N, BS, N_STEP, 3)))
 
+@pytest.mark.parametrize('use', [
+    lambda learn: learn.model.zero_grad(),
+    lambda learn: learn.model(learn.dls.one_batch()[0]).sum().backward()], ids=['zeroed','added to'])
+def test_gradients_are_anybodys_in_between(use):
+    "As for saliency maps. Running statistics that such a pass moves are its own"
+    def keep_buffers(learn):
+        learn.model.eval()
+        use(learn)
+        learn.model.train()
+    learn = carrier(At('after_epoch', 0, None, keep_buffers))
+    do_fit(learn, 3)
+    assert_same(learn.model, by_hand(endless(N, BS, N_STEP, 3)))
+
+def test_predictions_before_each_epoch_change_nothing():
+    class Look(Callback):
+        order,busy = -5,False
+        def before_epoch(self):
+            if self.busy: return
+            self.busy = True
+            n = self.epoch
+            self.learn.get_preds()
+            self.learn.epoch = n
+            self.busy = False
+    learn = carrier(Look())
+    do_fit(learn, 3)
+    assert_same(learn.model, by_hand(endless(N, BS, N_STEP, 3)))
+
 @pytest.mark.parametrize('epoch', [0, 1, 2])
 def test_a_validation_in_mid_epoch_changes_nothing(epoch):
     "It begins and ends as a fit does, and resets fastai's count of epochs"
@@ -206,11 +233,12 @@ BREAKS = {
     'fit in validation': ('before_validate', 0, None, CancelFitException(), 1),
     'error in training': ('before_batch', 1, 1, Boom("x"), 1),
     'error in the backward pass': ('after_loss', 1, 1, Boom("x"), 1),
+    'error at the end of an epoch': ('after_epoch', 0, None, Boom("x"), 1),
     'error in validation': ('before_validate', 2, None, Boom("x"), 4),
     'interrupt in validation': ('before_validate', 0, None, KeyboardInterrupt(), 1)}
 
 @pytest.mark.parametrize('event,epoch,at,exc,steps', BREAKS.values(), ids=BREAKS)
-def test_a_fit_that_breaks_leaves_nothing_for_the_next(event, epoch, at, exc, steps):
+def test_a_fit_that_breaks_leaves_nothing_for_the_next(event, epoch, at, exc, steps, request):
     learn = carrier(breaker := At(event, epoch, at, raising(exc)))
     try: do_fit(learn, 4)
     except (Boom, KeyboardInterrupt): pass
@@ -218,10 +246,28 @@ def test_a_fit_that_breaks_leaves_nothing_for_the_next(event, epoch, at, exc, st
     ref = by_hand(endless(N, BS, N_STEP, 4)[:steps])
     assert_same(learn.model, ref)
     assert_pristine(learn)
+    if 'training' not in request.node.callspec.id: assert_no_gradient(learn)
     learn.remove_cb(breaker)
     do_fit(learn, 3)
     assert_same(learn.model, by_hand(endless(N, BS, N_STEP, 3), model=ref))
     assert_pristine(learn)
+
+@pytest.mark.parametrize('epoch,steps', [(0,1), (1,3), (2,4)])
+def test_a_fit_that_is_taken_up_again_begins_with_a_window_of_its_own(epoch, steps):
+    "By `start_epoch`, after an error in validation: no checkpoint has the gradient"
+    learn = carrier(breaker := At('before_validate', epoch, None, raising(Boom('x'))))
+    with pytest.raises(Boom): do_fit(learn, 5)
+    learn.remove_cb(breaker)
+    do_fit(learn, 5, start_epoch=epoch+1)
+    ref = by_hand(endless(N, BS, N_STEP, 5)[:steps])
+    assert_same(learn.model, by_hand(endless(N, BS, N_STEP, 4-epoch), model=ref))
+
+def test_another_fit_without_the_callback_has_no_gradient_to_begin_with():
+    learn = get_learner(get_dls(tilted(N), labels(N), BS), conv_net())
+    cbs = [AccumulateGradBN(N_STEP, last='carry'), At('before_validate', 0, None, raising(KeyboardInterrupt()))]
+    with pytest.raises(KeyboardInterrupt): do_fit(learn, 3, cbs=cbs)
+    assert_no_gradient(learn)
+    assert_same(learn.model, by_hand(endless(N, BS, N_STEP, 1)[:1]))
 
 @pytest.mark.parametrize('exc', [CancelTrainException(), CancelEpochException()], ids=['train','epoch'])
 def test_a_cancelled_epoch_drops_its_window(exc):
@@ -280,7 +326,7 @@ def freeze(learn): learn.model[0].requires_grad_(False)
                          ids=['model','frozen'])
 def test_another_model_in_mid_window_is_refused(change):
     learn = carrier(At('after_epoch', 0, None, change))
-    with pytest.raises(ValueError, match='gradients of 4 micro-batches.*carry'): do_fit(learn, 2)
+    with pytest.raises(ValueError, match='gradients of 2 micro-batches.*carry'): do_fit(learn, 2)
     assert_pristine(learn)
 
 def test_a_change_where_nothing_is_carried_is_none_of_our_business():

@@ -538,8 +538,12 @@ def test_batches_of_tiles():
 
 def test_numbers_as_statistics():
     x = WHOLES['near']
-    for stats in ((.5,.25), [torch.tensor(.5),torch.tensor(.25)], (np.float32(.5),np.full((3,1,1), .25, np.float32))):
+    one = np.full((3,1,1), .25)
+    for stats in ((.5,.25), [torch.tensor(.5),torch.tensor(.25)], (np.float32(.5),one.astype(np.float32)),
+                  (.5,one[::-1]), (.5,one.astype('>f8')), (torch.tensor([.5]).half(),torch.tensor(.25).bfloat16())):
         assert torch.equal(image_normalize(x, stats=stats), (x-.5)/.25)
+    for stats in ((np.uint16(3),np.uint16(2)), (torch.tensor(3),torch.tensor(2).short()), (3,np.array(2))):
+        assert torch.equal(image_normalize(x, stats=stats), (x-3)/2)
     assert not image_normalize(x, stats=(.5,0)).any()  # no contrast, no scale
 
 def test_dead_pixels_of_a_tile():
@@ -551,13 +555,27 @@ def test_dead_pixels_of_a_tile():
     assert len(rec) == 1 and not y[0,0,:2].any() and y.isfinite().all()
 
 @pytest.mark.parametrize('stats,match', [
-    (3, 'pair of tensors or numbers'), ((1,2,3), 'pair'), (('a',1), 'pair'), 
+    (3, 'pair of real tensors or numbers'), ((1,2,3), 'pair'), (('a',1), 'pair'), ((1j,1), 'pair'),
+    ((torch.zeros(3,1,1)+0j,1), 'pair'),
     ((0,-1.), 'scale at least 0'), ((math.nan,1), 'finite'), ((0,math.inf), 'finite'),
     ((torch.zeros(3),torch.ones(3)), r'shape \[3, 1, 1\].*got \[3\]'),
     ((torch.zeros(4,1,1),1), r'got \[4, 1, 1\]'), ((torch.zeros(2,3,1,1),1), r'got \[2, 3, 1, 1\]'),
     ((torch.zeros(3,8,8),1), r'got \[3, 8, 8\]')])
 def test_bad_statistics(stats, match):
     with pytest.raises(ValueError, match=match): image_normalize(torch.rand(3,8,8), stats=stats)
+    if 'shape' in match or 'got' in match: return  # which depend on the image
+    with pytest.raises(ValueError, match=match): ImageNormalize(stats=stats)
+
+def test_tiles_of_bytes_come_as_shares_of_255():
+    "As an `ImageBlock` gives them: so have the statistics to be"
+    slide = (images((1,3,64,64))[0]*2).clamp(0, 255).byte()
+    whole,*stats = image_normalize(slide/255, return_stats=True)
+    ats = list(tiles_of(slide, 16))
+    db = DataBlock((ImageBlock,CategoryBlock), get_x=lambda i: PILImage.create(slide[ats[i]].permute(1,2,0).numpy()),
+                   get_y=lambda i: i%2, batch_tfms=ImageNormalize(stats=stats))
+    dls = db.dataloaders(list(range(len(ats))), bs=4, shuffle=False, num_workers=0, device='cpu')
+    x = next(iter(dls.test_dl(list(range(4)))))[0]
+    torch.testing.assert_close(plain(x), torch.stack([whole[at] for at in ats[:4]]), rtol=1e-6, atol=1e-6)
 
 @pytest.mark.parametrize('per', ['channel','image'])
 @pytest.mark.parametrize('stat', STATS)

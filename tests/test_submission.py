@@ -70,6 +70,32 @@ def test_what_is_not_there_is_named(path, images, kw, error, match):
     kw = {k:path/v for k,v in kw.items()}
     with pytest.raises(error, match=match): loaders(path).test_dl(images, **kw).one_batch()
 
+@pytest.mark.parametrize('rename,there', [
+    (lambda f: f.with_suffix('.PNG'), '.PNG'), (lambda f: f.with_name(f.name.replace('red', 'Red')), '_Red.png'),
+    (lambda f: f.with_suffix('.tif'), '.tif')])
+def test_an_image_whose_files_are_not_read_is_no_image_less(path, rename, there):
+    for f in (path/'test').glob(f'{IDS[1]}_*'): f.rename(rename(f))
+    with pytest.raises(FileNotFoundError, match=f'{IDS[1]}_red.png is missing.*There is .*{there}'):
+        loaders(path).test_dl(path/'test')
+
+def test_what_else_lies_in_a_folder(path):
+    "What unpacking leaves, the atlas' composites, other files, a string in place of a path; an Id may end in a colour"
+    for name in ('._0001-000000_red.png','0001-000000_blue_red_green.jpg','notes_red','table.csv'):
+        (path/'test'/name).touch()
+    for f in list((path/'test').glob(f'{IDS[1]}_*.png')): f.rename(f.with_name(f.name.replace(IDS[1], 'cell_red')))
+    want = [IDS[0], *IDS[2:], 'cell_red']
+    for folder in (path/'test', str(path/'test')):
+        assert [o.name for o, in loaders(path).test_dl(folder).items] == want
+
+@pytest.mark.parametrize('images,match', [
+    ([3], 'must be a string, got 3. Read tables with dtype=str'), ([Path('a')], 'must be a string'), ([], 'got none'),
+    (pd.DataFrame(dict(Id=[1.5])), 'must be a string')])
+def test_ids_that_are_none(path, images, match):
+    with pytest.raises(ValueError, match=match): loaders(path).test_dl(images, path/'test')
+
+def test_ids_may_come_one_by_one(path):
+    assert torch.equal(inputs(loaders(path).test_dl((i for i in IDS), path/'test')), loaded(path/'test', IDS))
+
 def test_an_empty_folder(path):
     (path/'empty').mkdir()
     with pytest.raises(FileNotFoundError, match='has no image. Their files are named Id_red.png'):
@@ -144,13 +170,29 @@ def test_shapes_that_differ(p, y):
 def test_the_table():
     p = torch.tensor([[.9,.1,.6],[.2,.3,.1],[.5,.1,.8]])
     assert submission_table(['a',Path('x')/'b','c'], p).values.tolist() == [['a','0 2'],['b','1'],['c','0 2']]
-    assert submission_table('abc', p, .95).Predicted.tolist() == ['0','1','2']  # the nearest one
-    assert submission_table('abc', p, torch.tensor([.5,.1,.9])).Predicted.tolist() == ['0 1','1','0 1']
-    assert submission_table('abc', p, np.array([2.,2.,.7])).Predicted.tolist() == ['2','2','2']
-    assert submission_table('abc', p, [.5,torch.inf,.9]).Predicted.tolist() == ['0','0','0']
-    with pytest.raises(ValueError, match='row for each of the 2 images, got 3'): submission_table('ab', p)
-    with pytest.raises(ValueError, match='one for each of the 3 labels, got shape'): submission_table('abc', p, [.1]*28)
+    assert submission_table([*'abc'], p, .95).Predicted.tolist() == ['0','1','2']  # the nearest one
+    assert submission_table([*'abc'], p, torch.tensor([.5,.1,.9])).Predicted.tolist() == ['0 1','1','0 1']
+    assert submission_table([*'abc'], p, np.array([2.,2.,.7])).Predicted.tolist() == ['2','2','2']
+    assert submission_table([*'abc'], p, [.5,torch.inf,.9]).Predicted.tolist() == ['0','0','0']
+    with pytest.raises(ValueError, match=r'\[2, L\] without NaN, a row for each image, got \[3, 3\]'):
+        submission_table([*'ab'], p)
+    with pytest.raises(ValueError, match='one for each of the 3 labels, got shape'):
+        submission_table([*'abc'], p, [.1]*28)
     with pytest.raises(ValueError, match='loaded images have no Id'): submission_table(list(torch.rand(3,4,8,8)), p)
+
+def test_what_stands_for_images_and_predictions():
+    p = torch.tensor([[1,0],[0,1]])
+    for images in (['a','b'], ('a','b'), pd.Series(['a','b']), pd.DataFrame(dict(Id=['a','b'], Predicted=0)),
+                   np.array(['a','b']), (o for o in 'ab')):
+        assert submission_table(images, p).values.tolist() == [['a','0'],['b','1']]
+    for probs in (p.bool(), p.half(), p.double().numpy(), p.float().requires_grad_(), p.tolist()):
+        assert submission_table(['a','b'], probs).Predicted.tolist() == ['0','1']
+        assert best_thresholds(probs, p).tolist() == [1,1]
+    assert submission_table('a', p[:1]).Id.tolist() == submission_table(Path('x')/'a', p[:1]).Id.tolist() == ['a']
+    bad = torch.tensor([[.1,torch.nan],[.2,.3]])
+    with pytest.raises(ValueError, match='without NaN'): submission_table(['a','b'], bad)
+    with pytest.raises(ValueError, match='NaN'): best_thresholds(bad, p)
+    with pytest.raises(ValueError, match=r'got \[2\]'): submission_table(['a','b'], bad[1])
 
 def test_the_whole_way_from_a_folder_to_a_file(path, tmp_path):
     "Each image's prediction stands beside its Id, with a learner that comes from a file, too"
