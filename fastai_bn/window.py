@@ -263,8 +263,8 @@ class Window:
     def add(self):
         "Make the micro-batch a part of the window. Without a backward pass there is no gradient: no sample counts"
         b = self._current()
+        self.count += 1  # first: interrupted in between, the window is dropped
         b.added = True
-        self.count += 1
         if b.backward == 'done': self.mean.add(b.denominator)
         else: self.mean.miss()
 

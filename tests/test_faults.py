@@ -579,9 +579,9 @@ def test_an_interrupt_at_any_line(mode):
     assert n > 1000 and n_hit > .8*len(ks)
 
 def interrupts(make, f):
-    "Yield what `make` made after `f` of it, interrupted where a line of ours first comes: each fifth (with SOAK, each)"
+    "Yield what `make` made after `f` of it, interrupted where a line of ours first comes: each third (with SOAK, each)"
     seen = list(Interrupt(lambda: f(make())).seen)
-    places = seen[::1 if SOAK else 5]
+    places = seen[::1 if SOAK else 3]
     n_hit = 0
     for at in places:
         o = make()
