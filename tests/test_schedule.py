@@ -90,14 +90,19 @@ def test_copies_begin_before_they_are_waited_for(order):
 
 # --- Followed
 
-@pytest.mark.parametrize('share', [.6, .3])
-def test_a_pager_follows_it(monkeypatch, share):
+def unet_window(monkeypatch):
+    "Make what runs a window of a U-Net within a pager and returns its gradients"
     monkeypatch.setattr(storages, 'MIN_BYTES', 1024)
     model,x = small_unet((32,32)),torch.randn(4, 3, 32, 32)
     def window(pager):
         model.zero_grad()
         with pager: model(x).square().mean().backward()
         return [p.grad.clone() for p in model.parameters()]
+    return window
+
+@pytest.mark.parametrize('share', [.6, .3])
+def test_a_pager_follows_it(monkeypatch, share):
+    window = unet_window(monkeypatch)
     want = window(free := ActivationPager(None))
     pager = ActivationPager(int(share*free.peak), False)
     for _ in range(3): window(pager)
@@ -107,12 +112,7 @@ def test_a_pager_follows_it(monkeypatch, share):
 
 
 def test_what_is_refused_ahead_of_its_use_returns_when_it_is_used(monkeypatch):
-    monkeypatch.setattr(storages, 'MIN_BYTES', 1024)
-    model,x = small_unet((32,32)),torch.randn(4, 3, 32, 32)
-    def window(pager):
-        model.zero_grad()
-        with pager: model(x).square().mean().backward()
-        return [p.grad.clone() for p in model.parameters()]
+    window = unet_window(monkeypatch)
     want = window(free := ActivationPager(None))
     pager,real,refused = ActivationPager(free.peak//2, False),storages.Ledger.load,[]
     for _ in range(3): window(pager)
