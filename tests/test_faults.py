@@ -107,6 +107,7 @@ def traces():
         threads=[o.name for o in threading.enumerate()],
         modes=len(_get_current_dispatch_mode_stack()),
         functions=torch.overrides._len_torch_function_stack(),
+        subclasses=torch._C._is_torch_function_enabled(),
         hooks=len(nn.modules.module._global_forward_pre_hooks),
         grad=torch.is_grad_enabled(),
         autocast=torch.is_autocast_enabled('cpu'),
@@ -518,6 +519,22 @@ def first_lines(body):
     branches = [first.body, first.orelse] if isinstance(first, ast.If) else []
     return [first.lineno, *(n for b in branches for n in first_lines(b))]
 
+@cache
+def leaves(code, line):
+    """Positions in `code` where a `with` statement of `line` ends.
+
+    A signal that comes in its body is raised there, one that comes later within `__exit__`: between them Python looks
+    for none. (A trace function's error would be raised there, and nothing would be closed.)"""
+    if line not in with_lines(code.co_filename): return set()
+    starts = [start for start,_,n in code.co_lines() if n == line]
+    return set(starts[1:])
+
+@cache
+def with_lines(file):
+    "Numbers of the lines on which a `with` statement or what it opens begins"
+    withs = [o for o in ast.walk(ast.parse(Path(file).read_text())) if isinstance(o, ast.With)]
+    return {o.lineno for o in withs} | {item.context_expr.lineno for o in withs for item in o.items}
+
 class Interrupt:
     "Trace the lines of ours that `f()` runs, with a `KeyboardInterrupt` at the `k`-th, or when line `at` first comes"
     def __init__(self, f, k=None, at=None):
@@ -537,7 +554,8 @@ class Interrupt:
 
     def line(self, frame, event, arg):
         here = frame.f_code.co_filename,frame.f_lineno
-        if event == 'line' and frame.f_lineno not in unasked(here[0]):
+        is_asked = here[1] not in unasked(here[0]) and frame.f_lasti not in leaves(frame.f_code, here[1])
+        if event == 'line' and is_asked:
             self.n += 1
             self.seen[here] = self.n
             if self.n == self.k or here == self.at: self.interrupt(here)
