@@ -53,6 +53,12 @@ def plain(
 
 def _call(f): return f()
 
+def _known(ledger:Register, st:torch.UntypedStorage) -> Record|None:
+    "Find the record at the address of `st`, where PyTorch may have put a new storage after one that died"
+    rec = ledger.recs.get(st._cdata)
+    if rec is None or rec() is not None: return rec
+    ledger.died(rec)  # again: Python keeps in an interrupt that came in there
+
 # %% ../nbs/12_storages.ipynb #9d82d043
 class Register:
     "Know the storages of a block, and how many bytes are there"
@@ -68,9 +74,9 @@ class Register:
 
     def find(self, t:Tensor|torch.UntypedStorage) -> Record:
         "Find the record of the storage of `t`, or make one"
-        if isinstance(t, torch.UntypedStorage): return self.recs.get(t._cdata) or self.add(t)
+        if isinstance(t, torch.UntypedStorage): return _known(self, t) or self.add(t)
         st = t.untyped_storage()
-        rec = self.recs.get(st._cdata) or self.add(st, t)
+        rec = _known(self, st) or self.add(st, t)
         if rec.counts and rec.label >= 0 and t.dim() < 2: self.pin(rec)
         return rec
 
