@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-from .storages import plain, Record
+from .storages import known, plain, Record
 
 # %% auto #0
 __all__ = []
@@ -95,7 +95,7 @@ reads = Reads()
 def _there(block, t:Tensor, stays:bool):
     "Within, `t` is there; if it `stays`, until `block` ends"
     # What the block has not met is not away
-    recs = records_of(t, lambda o: block.ledger.recs.get(o.untyped_storage()._cdata))
+    recs = records_of(t, lambda o: known(block.ledger, o.untyped_storage()))
     if not recs:
         yield
         return

@@ -53,7 +53,10 @@ def plain(
 
 def _call(f): return f()
 
-def _known(ledger:Register, st:torch.UntypedStorage) -> Record|None:
+def known(
+    ledger:Register,
+    st:torch.UntypedStorage, # Any storage
+) -> Record|None:
     "Find the record at the address of `st`, where PyTorch may have put a new storage after one that died"
     rec = ledger.recs.get(st._cdata)
     if rec is None or rec() is not None: return rec
@@ -74,9 +77,9 @@ class Register:
 
     def find(self, t:Tensor|torch.UntypedStorage) -> Record:
         "Find the record of the storage of `t`, or make one"
-        if isinstance(t, torch.UntypedStorage): return _known(self, t) or self.add(t)
+        if isinstance(t, torch.UntypedStorage): return known(self, t) or self.add(t)
         st = t.untyped_storage()
-        rec = _known(self, st) or self.add(st, t)
+        rec = known(self, st) or self.add(st, t)
         if rec.counts and rec.label >= 0 and t.dim() < 2: self.pin(rec)
         return rec
 
@@ -227,7 +230,7 @@ class Model:
         else: self._disown(st)
 
     def _disown(self, st:torch.UntypedStorage):
-        rec = self.ledger.recs.get(st._cdata)
+        rec = known(self.ledger, st)
         if rec is None: self.ledger.add_foreign(st)
         elif not rec.foreign: self.ledger.disown(rec)
 
