@@ -11,6 +11,7 @@ def md(s): return dict(cell_type='markdown', source=s.splitlines(keepends=True))
 def code(s, *out): return dict(cell_type='code', source=s.splitlines(keepends=True), outputs=list(out))
 def printed(s, name='stdout'): return dict(output_type='stream', name=name, text=[s])
 def shown(**kw): return dict(output_type='display_data', data={k.replace('_','/'):v for k,v in kw.items()})
+def clone(*cells): return convert(dict(cells=cells), site=False)[0]
 def gfm(*cells): return convert(dict(cells=cells), site=False, doc_url='https://x.org/d/')[0]
 def site(*cells): return convert(dict(cells=cells), site=True, files='p_files')
 
@@ -23,6 +24,29 @@ def test_readme():
         'see [x](https://x.org/d/accumulate.html#a)',
         '```python\nprint(3)\n```',
         '```\n3\n```\n')
+
+def test_without_a_site_readme_links_to_files_of_the_clone():
+    "The notebook that an anchor would be in shows on every forge; the anchor does not"
+    cell = md('[a](05_accumulate.ipynb#b) [c](benchmarks/index.ipynb) [d](../CHANGELOG.md) [e](https://x/f.ipynb)')
+    assert clone(cell) == ('[a](nbs/05_accumulate.ipynb) [c](nbs/benchmarks/index.ipynb) [d](CHANGELOG.md) '
+                           '[e](https://x/f.ipynb)\n')
+
+def test_files_of_the_root():
+    cell = md('[a](../CHANGELOG.md), [b](../../CONTRIBUTING.md), [`c`](../CITATION.cff), [d](../51_draw.ipynb)')
+    assert site(cell)[0] == '[a](changelog.md), [b](../contributing.md), `c`, [d](../draw.md)\n'
+    there = convert(dict(cells=[cell]), site=True, repository='https://x.org/r/')[0]
+    assert '[`c`](https://x.org/r/blob/main/CITATION.cff)' in there
+
+def test_pictures_in_light_and_dark():
+    cell = md('![A net](images/net-light.svg)')
+    assert site(cell)[0] == '![A net](images/net-light.svg#only-light)\n![A net](images/net-dark.svg#only-dark)\n'
+    assert clone(cell) == ('<picture>\n'
+        '  <source media="(prefers-color-scheme: dark)" srcset="nbs/images/net-dark.svg">\n'
+        '  <img alt="A net" src="nbs/images/net-light.svg">\n</picture>\n')
+
+def test_hidden_prose_is_hidden():
+    assert site(md('#| hide\n#| export\nno'), md('#| export\nyes'))[0] == 'yes\n'
+    assert clone(md('#| hide\nno'), md('yes')) == 'yes\n'
 
 def test_readme_shows_tables_as_text_and_no_pictures():
     cell = code('t', shown(text_html='<table></table>', text_plain='a  b'))
@@ -60,6 +84,16 @@ def test_pictures_are_files_named_by_what_they_are_about():
     text,images = site(head, code('p', shown(image_png=png)), code('q', shown(image_png=[png+'\n'])))
     assert images == {'1.png':b'PNG', '2.png':b'PNG'}
     assert '![A thing](p_files/1.png)' in text and '![A thing](p_files/2.png)' in text
+
+def test_pictures_of_a_cell_stand_side_by_side():
+    png = shown(image_png=base64.b64encode(b'PNG').decode())
+    text = site(md('## A'), code('#| echo: false\np', png, png, printed('x'), png))[0]
+    assert '![A](p_files/1.png)\n![A](p_files/2.png)\n\n```' in text and '```\n\n![A](p_files/3.png)\n' in text
+
+def test_outputs_can_be_folded():
+    cell = code('#| echo: false\n#| fold-output: "Table: x"\nt', printed('1'))
+    assert site(cell)[0] == '??? note "Table: x"\n\n    ``` { .text .output }\n    1\n    ```\n'
+    assert clone(cell) == '```\n1\n```\n'
 
 def test_data_frames():
     html = ['<div>\n<style scoped>\n    .x {\n}\n</style>\n',

@@ -146,11 +146,51 @@ def test_modules_and_package_say_what_they_are():
     llms = read('nbs/llms.txt')
     for m in MODULES:
         doc = importlib.import_module(f'fastai_bn.{m}').__doc__
-        assert doc.count('\n\n') >= 2 and doc.rstrip().endswith(f'{m}.html.md'), m
-        assert '.ipynb' not in doc and ':::' not in doc, m
-        assert f'[fastai_bn.{m}](' in llms and f'`fastai_bn.{m}`' in fastai_bn.__doc__
+        notebook = next(ROOT.glob(f'nbs/*_{m}.ipynb')).relative_to(ROOT).as_posix()
+        assert doc.count('\n\n') >= 2 and f'Docs: the notebook {notebook}' in doc, m
+        assert doc.count('.ipynb') == 1 and ':::' not in doc, m
+        assert f'fastai_bn.{m}`: ' in llms and f'(Docs: the notebook {notebook})' in llms, m
+        assert f'`fastai_bn.{m}`' in fastai_bn.__doc__
 
 def test_readme_is_what_the_index_gives(): assert read('README.md') == readme.readme()
+
+def readme_links() -> list:
+    "What README leads to and shows, but for other people's sites"
+    text = read('README.md')
+    found = re.findall(r'\]\(([^)\s]+)\)', text) + re.findall(r'(?:src|srcset|href)="([^"]+)"', text)
+    return [o for o in found if not o.startswith(('https://docs.fast.ai','https://arxiv.org'))]
+
+def test_every_link_in_readme_leads_to_a_file_of_the_clone():
+    files = set(subprocess.run(['git','ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+    assert len(readme_links()) > 20 and set(readme_links()) <= files
+
+ADDRESS = re.compile(r'https?://[\w.-]*(?:fastai[-_]bn[\w.-]*|[\w.-]+/(?:[\w.-]+/)*fastai_bn)')
+
+def test_the_address_stands_in_one_place():
+    "Not in code, notebooks, README or metadata, but in pyproject.toml, which may give it"
+    files = subprocess.run(['git','ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    there = [f for f in files if f not in ('pyproject.toml','tests/test_package.py') and (ROOT/f).is_file()]
+    texts = {f:(ROOT/f).read_bytes().decode(errors='ignore') for f in there}
+    assert not [f for f,text in texts.items() if ADDRESS.search(text)]
+
+def test_an_address_is_found():
+    for s in 'https://fastai-bn.github.io/x','https://github.com/somebody/fastai_bn','http://x.org/fastai_bn/a.html':
+        assert ADDRESS.search(s)
+    assert not ADDRESS.search('https://docs.fast.ai, https://github.com/fastai/fastai, nbs/fastai_bn')
+
+def test_setting_the_address_turns_links_to_the_site(tmp_path):
+    checkout(tmp_path)
+    subprocess.run(['git','init','-q'], cwd=tmp_path, check=True)
+    toml = (tmp_path/'pyproject.toml').read_text()
+    urls = '[project.urls]\nRepository = "https://x.org/r/fastai_bn"\nDocumentation = "https://x.org/d/"\n'
+    (tmp_path/'pyproject.toml').write_text(toml.replace('[project.urls]\n', urls))
+    subprocess.run([sys.executable, 'tools/sync.py'], cwd=tmp_path, check=True, capture_output=True)
+    text = (tmp_path/'README.md').read_text()
+    assert '.ipynb)' not in text and '](https://x.org/d/accumulate.html)' in text
+    assert '](https://x.org/d/benchmarks/index.html)' in text
+    doc = ast.get_docstring(ast.parse((tmp_path/'fastai_bn/accumulate.py').read_text()))
+    assert doc.endswith('Docs: https://x.org/d/accumulate.html.md')
+    assert '[fastai_bn.accumulate](https://x.org/d/accumulate.html.md)' in (tmp_path/'nbs/llms.txt').read_text()
 
 def entries(nav):
     "The pages of a navigation, which has lists in dicts in lists"

@@ -32,7 +32,7 @@ from fastcore.docments import DocmentTbl, docments
 from nbdev.doclinks import NbdevLookup
 
 from nb2md import convert, outside_code, page
-from readme import doc_url, root
+from readme import doc_url, project_url, root
 
 PROC,SRC,SITE = root/'_proc',root/'_docs_src',root/'_docs'
 KATEX = '0.16.22'
@@ -41,6 +41,13 @@ def readable(s:str) -> str:
     "Replace what Python prints for functions, classes and factories: a name says more, and is the same in every build"
     printed = r"<function (?:\w+\.)*(\w+) at 0x\w+>|<class '(?:\w+\.)*(\w+)'>|<factory>"
     return re.sub(printed, lambda m: m[1] or m[2] or '[]', s)
+
+def source_of(name:str) -> str:
+    "Link to the line where `name` is defined; say which it is, as long as the project has no address"
+    url = NbdevLookup().code(name)
+    if not url: return ''
+    file,line = re.search(r'(fastai_bn/\w+\.py)#L(\w+)$', url).groups()
+    return f'[source]({url})' if project_url('Repository') else f'{file}, line {line}'
 
 def own_init(sym) -> bool: return not inspect.isclass(sym) or '__init__' in vars(sym)
 
@@ -85,7 +92,7 @@ class Api(nbdev.showdoc.BasicMarkdownRenderer):
     def parts(self):
         head = self.nm.replace('_', r'\_')
         yield f'{"#"*self.title_level} {head} {{ #{self.nm.lower()} .api }}'
-        if src := NbdevLookup().code(self.nm): yield f'[source]({src})\n{{: .source }}'
+        if src := source_of(self.nm): yield f'{src}\n{{: .source }}'
         name = self.nm if inspect.ismethod(self.sym) else self.nm.rpartition('.')[2]
         yield f'```python\n{name if self.is_property else signature(self.sym, name)}\n```'
         yield inspect.cleandoc(self.sym.__doc__ or '')
@@ -163,12 +170,17 @@ class say_imports(nbdev.process.Processor):
         names = [m for m in modules(self.nb) if m != 'all']
         self.nb.cells[at:at] = [nbdev.processors.mk_cell(IMPORTS.format(m), 'markdown') for m in names]
 
+class hide_prose(nbdev.process.Processor):
+    "nbdev hides code alone; what hidden prose says stands in docstrings"
+    def begin(self):
+        self.nb.cells = [c for c in self.nb.cells if c.cell_type != 'markdown' or not c.source.startswith('#| hide')]
+
 class Pages(nbdev.serve.FilterDefaults):
     "nbdev's processing, with ours in front and in three places, and without the comment that pages are generated"
     ours = dict(add_show_docs=public_docs, exec_show_docs=imported_docs, rm_export=fold_private)
     def base_procs(self):
         theirs = [o for o in super().base_procs() if o.__name__ != 'insert_warning']
-        return [say_imports, *(self.ours.get(o.__name__, o) for o in theirs)]
+        return [hide_prose, say_imports, *(self.ours.get(o.__name__, o) for o in theirs)]
 
 def process():
     "nbdev's processing of all notebooks into `_proc/`. (`nbdev-proc-nbs` would want to install Quarto.)"
@@ -184,7 +196,7 @@ def linked(md:str, rel:str, ids:set) -> str:
     def local(m):
         if (m[2],m[3]) not in ids: return m[1]
         return f'[{m[1]}]({os.path.relpath(m[2], os.path.dirname(rel) or ".")}.md#{m[3]})'
-    link = rf'\[(`[^`]+`)\]\({re.escape(doc_url())}/([\w/.-]+)\.html#([^)]+)\)'
+    link = rf'\[(`[^`]+`)\]\({re.escape(doc_url())}/?([\w/.-]+)\.html#([^)]+)\)'
     return outside_code(lambda o: re.sub(link, local, o), md)
 
 def write(file:Path, content:str|bytes):
@@ -202,11 +214,12 @@ def pages() -> dict:
     "Make `_docs_src/` of `_proc/` and what lies in the repository's root; return the Markdown by page"
     shutil.rmtree(SRC, ignore_errors=True)
     shutil.copytree(root/'docs', SRC/'assets')
+    shutil.copytree(root/'nbs/images', SRC/'images')
     mds = {f.lower():(root/f).read_text(encoding='utf-8') for f in ('CHANGELOG.md','CONTRIBUTING.md')}
     for f in sorted(PROC.rglob('*.ipynb')):
         rel = f.relative_to(PROC).with_name(page(f.stem))
         nb = json.loads(f.read_text(encoding='utf-8'))
-        mds[f'{rel}.md'],images = convert(nb, site=True, files=f'{rel.name}_files')
+        mds[f'{rel}.md'],images = convert(nb, True, files=f'{rel.name}_files', repository=project_url('Repository'))
         for name,png in images.items(): write(SRC/f'{rel}_files'/name, png)
     ids = entries(mds)
     mds = {rel:linked(md, rel, ids) for rel,md in mds.items()}
@@ -230,21 +243,38 @@ def plain(md:str) -> str:
     md = MARKUP.sub('', SUBTITLE.sub(r'# \1\n\n> \2', md))
     return outside_code(lambda o: re.sub(r'\]\((?!\w+:)([\w/.-]+)\.md(#[^)]*)?\)', r'](\1.html.md\2)', o), md)
 
+MODULE = re.compile(r'^- (?:`fastai_bn\.(\w+)`|\[fastai_bn\.(\w+)\]\([^)]*\)): (.*?)(?: \(Docs: .*\))?$', re.M)
+
 def llms(mds:dict) -> str:
-    "Add to nbdev's llms.txt, which lists the modules, the pages that are of none, in the order of the navigation"
+    """Add to nbdev's llms.txt, which lists the modules, the pages that are of none, in the order of the navigation.
+
+    On the site each line links to its page; the file in the repository names notebooks as long as there is no site"""
     text = (root/'nbs/llms.txt').read_text(encoding='utf-8')
     head,mark,tail = text.partition('\n<!-- Generated')
     assert mark, text
+    modules = {m[1] or m[2] for m in MODULE.finditer(head)}
+    head = MODULE.sub(lambda m: f'- [fastai_bn.{m[1] or m[2]}]({page_url(m[1] or m[2])}): {m[3]}', head)
     rels = re.findall(r': (\S+)\.md$', (root/'mkdocs.yml').read_text(encoding='utf-8'), flags=re.M)
-    lines = [entry(rel, mds[f'{rel}.md']) for rel in rels if page_url(rel) not in text]
+    lines = [entry(rel, mds[f'{rel}.md']) for rel in rels if rel not in modules]
     return head + '\n## Pages\n\n' + '\n'.join(lines) + '\n' + mark + tail
 
-def page_url(rel:str) -> str: return f'{doc_url()}/{rel}.html.md'
+def page_url(rel:str) -> str: return f'{doc_url()}/{rel}.html.md'.lstrip('/')
 
 def entry(rel:str, md:str) -> str:
     "Write the line for a page in llms.txt"
     m = SUBTITLE.match(md) or re.match('# (.*)', md)
     return f'- [{m[1]}]({page_url(rel)})' + (f': {m[2]}' if m.re is SUBTITLE else '')
+
+def config() -> Path:
+    "Write what Zensical reads: mkdocs.yml, with the project's address where it has one"
+    cfg = yaml.safe_load((root/'mkdocs.yml').read_text(encoding='utf-8'))
+    if url := doc_url(): cfg['site_url'] = f'{url}/'
+    # In place of repo_url, whose script asks api.github.com
+    if url := project_url('Repository'):
+        cfg['extra']['social'] = [dict(icon='fontawesome/brands/git-alt', link=url, name='The repository')]
+    file = root/'_mkdocs.yml'
+    file.write_text(yaml.safe_dump(cfg, sort_keys=False, width=1000), encoding='utf-8')
+    return file
 
 def katex():
     "KaTeX's style, scripts and fonts, from the npm registry: once, then from the environment's folder"
@@ -263,7 +293,7 @@ def build():
     process()
     mds = pages()
     katex()
-    zensical = [sys.executable, '-m', 'zensical', 'build', '--clean', '--strict', '-f', 'mkdocs.yml']
+    zensical = [sys.executable, '-m', 'zensical', 'build', '--clean', '--strict', '-f', config().name]
     subprocess.run(zensical, cwd=root, check=True, env={**os.environ, 'NO_COLOR':'1'})
     # Where nbdev's docstrings lead to
     for rel,md in mds.items(): write((SITE/rel).with_suffix('.html.md'), plain(md))

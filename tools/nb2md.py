@@ -1,8 +1,9 @@
 """Notebooks as Markdown, in two dialects: the docs site's (Zensical, MkDocs' extensions) and GitHub's, for README.md.
 
 `convert(nb, site)` takes a notebook as a dict, raw or processed by nbdev. It knows what our notebooks use, and no more:
-front matter or a first cell of title and subtitle, callouts, links to notebooks, directives that hide or fold, and
-text, tables, pictures and `show_doc`'s Markdown as outputs."""
+front matter or a first cell of title and subtitle, callouts, links to notebooks and to files of the repository's root,
+pictures in a light and a dark version, directives that hide or fold, and text, tables, pictures and `show_doc`'s
+Markdown as outputs."""
 import base64
 import re
 
@@ -12,6 +13,12 @@ import yaml
 ALERT = dict(note='NOTE', tip='TIP', warning='WARNING', important='IMPORTANT', caution='CAUTION')
 ADMONITION = dict(note='note', tip='tip', warning='warning', important='info', caution='danger')
 HIDDEN = {'hide','export','exporti','default_exp'}
+# Files of the root that have a page on the site
+ROOT_PAGES = 'CHANGELOG.md','CONTRIBUTING.md'
+NOTEBOOK_LINK = re.compile(r'\]\(([\w/.-]+)\.ipynb(#[^)]*)?\)')
+ROOT_LINK = re.compile(r'\[([^][]*)\]\(((?:\.\./)+)(?![\w.-]*\.ipynb)([\w.-]+)\)')
+# The light version is what a notebook shows
+PICTURE = re.compile(r'!\[([^]]*)\]\(([\w/.-]+)-light\.svg\)')
 FENCED = re.compile(r'(^(?:`{3,}|~~~).*?^(?:`{3,}|~~~)[ \t]*$)', re.M|re.S)
 
 def page(stem:str) -> str:
@@ -45,8 +52,9 @@ def alert(kind:str, title:str|None, body:str) -> str:
 
 class Writer:
     "Markdown of one notebook; `images`, the content of its pictures by file name, is filled on the way"
-    def __init__(self, site:bool, doc_url:str='', files:str=''):
-        self.site,self.doc_url,self.files = site,doc_url.rstrip('/'),files
+    def __init__(self, site:bool, doc_url:str='', files:str='', repository:str=''):
+        self.site,self.files = site,files
+        self.doc_url,self.repository = doc_url.rstrip('/'),repository.rstrip('/')
         self.images,self.heading = {},''
 
     def callout(self, m):
@@ -57,13 +65,35 @@ class Writer:
         return alert(kind, title and title[1], body)
 
     def link(self, m):
+        "Link to a notebook's page; in README to the notebook itself, as long as there is no site"
         folder,_,stem = m[1].rpartition('/')
         target = f'{folder}/{page(stem)}' if folder else page(stem)
-        return f']({target}.md{m[2] or ""})' if self.site else f']({self.doc_url}/{target}.html{m[2] or ""})'
+        if self.site: return f']({target}.md{m[2] or ""})'
+        return f']({self.doc_url}/{target}.html{m[2] or ""})' if self.doc_url else f'](nbs/{m[1]}.ipynb)'
+
+    def root_link(self, m):
+        "Link to a file of the repository's root; on the site it may have a page, or be out of reach"
+        words,up,file = m[1],m[2],m[3]
+        if not self.site: return f'[{words}]({file})'
+        if file in ROOT_PAGES: return f'[{words}]({up[3:]}{file.lower()})'
+        return f'[{words}]({self.repository}/blob/main/{file})' if self.repository else words
+
+    def two_pictures(self, m):
+        "Show a picture's light or dark version, as the reader has it"
+        words,path = m[1],m[2]
+        if self.site: return f'![{words}]({path}-light.svg#only-light)\n![{words}]({path}-dark.svg#only-dark)'
+        dark = f'<source media="(prefers-color-scheme: dark)" srcset="nbs/{path}-dark.svg">'
+        return f'<picture>\n  {dark}\n  <img alt="{words}" src="nbs/{path}-light.svg">\n</picture>'
+
+    def links(self, s:str) -> str:
+        "Translate links and pictures in text without code"
+        s = PICTURE.sub(self.two_pictures, s)
+        s = ROOT_LINK.sub(self.root_link, s)
+        return NOTEBOOK_LINK.sub(self.link, s)
 
     def prose(self, s:str) -> str:
         s = re.sub(r'^:::\s*\{\.callout-(\w+)\}\n(.*?)^:::[ \t]*$', self.callout, s, flags=re.M|re.S)
-        s = outside_code(lambda o: re.sub(r'\]\(([\w/.-]+)\.ipynb(#[^)]*)?\)', self.link, o), s)
+        s = outside_code(self.links, s)
         s = outside_code(unlinked, s)
         headings = re.findall(r'^#+\s+(.*?)\s*(?:\{.*)?$', FENCED.sub('', s), flags=re.M)
         if headings: self.heading = headings[-1].replace('`', '')
@@ -97,13 +127,24 @@ class Writer:
             block = f'```python\n{src}\n```'
             fold = self.site and flags.get('code-fold') == 'true'
             yield f'??? code "{flags.get("code-summary", "Code")}"\n\n{indented(block)}' if fold else block
-        for o in c.get('outputs', []): yield self.output(o)
+        shown = self.outputs(c)
+        fold = self.site and shown and flags.get('fold-output')
+        yield f'??? note "{fold}"\n\n{indented(shown)}' if fold else shown
+
+    def outputs(self, c) -> str:
+        "Write a cell's outputs; pictures that follow one another stand side by side"
+        shown = [o for o in map(self.output, c.get('outputs', [])) if o.strip()]
+        return re.sub(r'(?<=\.png\))\n\n(?=!\[)', '\n', '\n\n'.join(o.strip('\n') for o in shown))
 
     def cells(self, nb):
         for c in nb['cells']:
             if c['cell_type'] == 'code': yield from self.code(c)
-            elif c['cell_type'] == 'markdown': yield self.prose(re.sub(r'^(#\|.*\n)+', '', text(c['source'])))
+            elif c['cell_type'] == 'markdown': yield self.markdown(text(c['source']))
             elif (s := text(c['source'])).startswith('---'): yield self.title(yaml.safe_load(s.strip().strip('-')))
+
+    def markdown(self, s:str) -> str:
+        head = re.match(r'(?:#\|.*\n)*', s)[0]
+        return '' if re.search(r'^#\| hide$', head, re.M) else self.prose(s[len(head):])
 
     def title(self, front):
         "A page's title and, in the style of the site, its subtitle"
@@ -116,7 +157,10 @@ def data_frame(html:str) -> str:
     lines = [l.strip() for l in table.splitlines() if l.strip()]
     return '\n'.join(['<div class="output">', *lines, '</div>'])
 
-def convert(nb:dict, site:bool, doc_url:str='', files:str='') -> tuple[str,dict]: # Markdown, and pictures by file name
-    "Write `nb` as Markdown. With `site`, pictures are links into the folder `files`; without, links go to `doc_url`"
-    w = Writer(site, doc_url, files)
+def convert(nb:dict, site:bool, **kwargs) -> tuple[str,dict]: # Markdown, and pictures by file name
+    """Write `nb` as Markdown; `kwargs` are the other arguments of `Writer`.
+
+    With `site`, pictures are links into the folder `files`, and files of the root are at `repository`. Without, links
+    go to `doc_url`, or to files of the clone"""
+    w = Writer(site, **kwargs)
     return '\n\n'.join(o.strip('\n') for o in w.cells(nb) if o and o.strip()) + '\n',w.images

@@ -1,4 +1,4 @@
-"README.md from nbs/index.ipynb"
+"README.md from nbs/index.ipynb, and the project's address, which stands in pyproject.toml alone"
 import json
 import re
 from pathlib import Path
@@ -9,9 +9,14 @@ root = Path(__file__).resolve().parent.parent
 
 def read(name:str) -> str: return (root/name).read_text(encoding='utf-8')
 
+def project_url(name:str) -> str:
+    "Find an address of `[project.urls]`; '' if the project has none yet"
+    found = re.search(rf'^{name} = "(.*?)/?"$', read('pyproject.toml'), re.M)
+    return found[1] if found else ''
+
 def doc_url() -> str:
     "Find the address of the site"
-    return re.search(r'^Documentation = "(.*?)/?"$', read('pyproject.toml'), re.M)[1]
+    return project_url('Documentation')
 
 def readme() -> str:
     "Make README.md of the first page"
