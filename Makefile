@@ -36,6 +36,7 @@ check: $(READY)         # the same, but only says whether anything would change
 
 bench: $(PEERS)         # PAGE=accumulate: one page; ARGS="--full --hep2 FOLDER --nuclei FOLDER"; then the pages are drawn anew
 	$(BIN)/python -W ignore tools/bench $(PAGE) $(ARGS)
+	PYTHONPATH=tools $(BIN)/python -W ignore -m bench.front
 	$(BIN)/python tools/outputs.py nbs/benchmarks
 
 docs: $(DOCS)           # the site, into _docs/ (needs npm, for KaTeX)

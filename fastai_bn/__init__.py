@@ -1,19 +1,14 @@
-"""Gradient accumulation makes 2 x 16 look like 32 to the optimizer, but not to BatchNorm (BN): it still normalises with
-2 samples, and the running statistics, which inference uses, follow. `fastai_bn` gives a
-[fastai](https://docs.fast.ai) user the repairs in one line each:
+"""Gradient accumulation makes 2 x 16 look like 32 to the optimizer, but BatchNorm (BN) still normalises with 2 images.
+`fastai_bn` gives users of [fastai](https://docs.fast.ai) the large batch itself, bit for bit, in the memory they have.
 
 ```python
 # one optimizer step, and one update of the running statistics, for 16 micro-batches
 learn = Learner(dls, model, cbs=AccumulateGradBN(n_step=16))
-# BN over all 16: the large batch itself, in 6 GiB of activations
+# BN over all 16: the large batch itself, in the memory that the device has
 learn = Learner(dls, model, cbs=AccumulateGradBN(n_step=16, bn_bs='window', budget='auto'))
 # population statistics instead of a moving average
 learn.precise_bn()
 ```
-
-With `bn_bs='window'` training *is* the training of the large batch, bit for bit where kernels are deterministic, as on
-a CPU. You decide how much device memory it takes: a pager has activations wait in host memory. No micro-batch
-statistics, no approximation, no change to the model.
 
 Modules:
 
@@ -43,6 +38,7 @@ Modules:
 - `fastai_bn.normalize`: `image_normalize`: every image by its own statistics; `ImageNormalize`: the same in batches
 - `fastai_bn.operations`: What an operation uses, writes to and makes
 - `fastai_bn.paging`: `ActivationPager`: any model within a fixed amount of device memory, bit for bit the same
+- `fastai_bn.picture`: `picture`: what the BN batch does to a training, and what a large one takes under a budget
 - `fastai_bn.plan`: `memory_plan`: what a batch takes, and what each remedy would, before anything is allocated
 - `fastai_bn.pooled`: BatchNorm over micro-batches that are never together: three autograd functions and their gradient
 - `fastai_bn.population`: The statistics of a population with fixed weights, which inference should normalise with

@@ -180,6 +180,7 @@ def make_hpa(
     seed:int=0,            # The same seed gives the same files. At least 0
     masks:bool=False,      # Write masks/{Id}.png too: nuclei, 0 for background, else the number of the cell
     lab_shift:float=0.,    # How far gain per channel, background and blur are another laboratory's: -2 to 2, 1 is a lot
+    progress:bool=True,    # Show a progress bar?
 ) -> Path: # `path`
     """Write `n` drawn images in the Human Protein Atlas layout, with 16 of its 28 labels, 1 to 3 an image.
 
@@ -193,6 +194,7 @@ def make_hpa(
     path = Path(path)
     _clear(path)
     for d in ['train'] + ['masks']*masks: (path/d).mkdir(parents=True, exist_ok=True)
-    rows = [_write(path, seed, k, size, masks, lab_shift) for k in progress_bar(range(n), leave=False)]
+    numbers = progress_bar(range(n), leave=False) if progress else range(n)
+    rows = [_write(path, seed, k, size, masks, lab_shift) for k in numbers]
     pd.DataFrame(rows, columns=['Id','Target']).to_csv(path/'train.csv', index=False)
     return path

@@ -97,6 +97,8 @@ def test_exposure_varies_and_lab_shift_shifts(tmp_path, made):
 def test_bar(tmp_path, capsys):
     make_hpa(tmp_path, n=2, size=16)
     assert '2/2' in capsys.readouterr().out
+    make_hpa(tmp_path, n=2, size=16, progress=False)
+    assert capsys.readouterr().out == ''
 
 @pytest.mark.parametrize('kw', [
     dict(n=0), dict(n=2.5), dict(size=4), dict(size=32.), dict(seed=-1), dict(lab_shift=float('nan')),

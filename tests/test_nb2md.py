@@ -42,7 +42,7 @@ def test_pictures_in_light_and_dark():
     assert site(cell)[0] == '![A net](images/net-light.svg#only-light)\n![A net](images/net-dark.svg#only-dark)\n'
     assert clone(cell) == ('<picture>\n'
         '  <source media="(prefers-color-scheme: dark)" srcset="nbs/images/net-dark.svg">\n'
-        '  <img alt="A net" src="nbs/images/net-light.svg">\n</picture>\n')
+        '  <img src="nbs/images/net-light.svg"\n       alt="A net">\n</picture>\n')
 
 def test_hidden_prose_is_hidden():
     assert site(md('#| hide\n#| export\nno'), md('#| export\nyes'))[0] == 'yes\n'

@@ -154,6 +154,10 @@ def test_modules_and_package_say_what_they_are():
 
 def test_readme_is_what_the_index_gives(): assert read('README.md') == readme.readme()
 
+def test_readme_is_short():
+    lines = read('README.md').splitlines()
+    assert len(lines) <= 120 and max(map(len, lines)) <= 120
+
 def readme_links() -> list:
     "What README leads to and shows, but for other people's sites"
     text = read('README.md')

@@ -83,7 +83,8 @@ class Writer:
         words,path = m[1],m[2]
         if self.site: return f'![{words}]({path}-light.svg#only-light)\n![{words}]({path}-dark.svg#only-dark)'
         dark = f'<source media="(prefers-color-scheme: dark)" srcset="nbs/{path}-dark.svg">'
-        return f'<picture>\n  {dark}\n  <img alt="{words}" src="nbs/{path}-light.svg">\n</picture>'
+        light = f'<img src="nbs/{path}-light.svg"\n       alt="{words}">'
+        return f'<picture>\n  {dark}\n  {light}\n</picture>'
 
     def links(self, s:str) -> str:
         "Translate links and pictures in text without code"

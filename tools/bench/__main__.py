@@ -16,7 +16,7 @@ from pathlib import Path
 os.environ |= dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')  # before torch: fits run side by side, one thread each
 root = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(root/'tools'))
-PAGES = 'accumulate','precise_bn','unet_norms','image_norm','speed'
+PAGES = 'front','accumulate','precise_bn','unet_norms','image_norm','speed'
 
 def parser():
     p = argparse.ArgumentParser(prog='python tools/bench', description=__doc__,

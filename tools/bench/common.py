@@ -1,9 +1,7 @@
 "Data, nets and fits that the pages share"
 import importlib
-import io
 import tempfile
 import warnings
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -44,7 +42,7 @@ def standardised(train:tuple, valid:tuple, n_train:int, n_valid:int) -> Images:
 def drawn_tensors(n:int, size:int, seed:int=0, lab_shift:float=0.) -> tuple[Tensor,Tensor]:
     "Drawn images as `make_hpa` writes them, [n, 4, size, size] from 0 to 1, and their labels [n, 28]"
     with tempfile.TemporaryDirectory() as d:
-        with redirect_stdout(io.StringIO()): make_hpa(d, n, size, seed, lab_shift=lab_shift)  # its progress bar
+        make_hpa(d, n, size, seed, lab_shift=lab_shift, progress=False)
         dls = HPADataLoaders.from_folder(d, size, 1, num_workers=0)
         items = sorted([o for ds in (dls.train_ds, dls.valid_ds) for o in ds.items])
         load = dls.train_ds.tls[0].tfms

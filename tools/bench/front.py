@@ -1,0 +1,47 @@
+"The picture on the first page: training losses of three ways, and the memory of a large batch under budgets"
+from pathlib import Path
+
+from fastai.vision.all import GradientAccumulation
+from fastai_bn.all import AccumulateGradBN
+from fastai_bn.picture import memory as counted, picture
+from bench.common import images, learner
+from bench.results import RESULTS, Table, load
+
+BS,N_STEP,LR = 2,16,3e-3
+LARGE,PLAIN,WINDOW = 'batch of 32','2 x 16',"2 x 16, bn_bs='window'"
+FILES = RESULTS.parents[1]/'images'
+
+def losses(data, seed, a):
+    "Training loss by epoch of the demo's net on its kind of images: one recipe, one-cycle to 3e-3 with Adam"
+    n = BS*N_STEP
+    ways = {
+        LARGE: (n, []),
+        PLAIN: (BS, [GradientAccumulation(n)]),
+        WINDOW: (BS, [AccumulateGradBN(N_STEP, bn_bs='window', last='drop')])}
+    for way,(bs,cbs) in ways.items():
+        learn = learner(images(data, a), seed, bs, cbs)
+        learn.fit_one_cycle(a.epochs or 6, LR)
+        for epoch,loss in enumerate(learn.train_loss.epochs, 1): yield dict(way=way, epoch=epoch, train_loss=loss)
+
+CARDS = 'T4','V100','A100'
+
+def memory(data, seed, a):
+    "Peaks of a ResNet-50's activations, and its windows' seconds on cards that are not there, modelled"
+    for card in CARDS:
+        for row in counted(BS, N_STEP, card=card).to_dict('records'): yield dict(card=card, **row)
+
+def draw(folder:Path=FILES):
+    "Draw the stored results, for light and for dark pages"
+    by_way = load('front', 'losses').pivot_table('train_loss', ['way','seed'], 'epoch', sort=False)
+    curves = {k:by_way.loc[k].to_numpy() for k in (LARGE,PLAIN,WINDOW)}
+    taken = load('front', 'memory')
+    taken = taken[taken.card == CARDS[0]].reset_index(drop=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name,dark in ('light',False),('dark',True):
+        fig = picture(curves, taken, BS, N_STEP, dark)
+        # A drawing of the same numbers is the same file
+        fig.savefig(folder/f'front-{name}.svg', metadata=dict(Date=None), transparent=True)
+
+TABLES = dict(losses=Table(losses), memory=Table(memory, data=('resnet50',), seeds=None))
+
+if __name__ == '__main__': draw()
