@@ -138,7 +138,7 @@ def _bars(ax, layers:list[str], values:list[float], worst:list[float], title:str
     ax.plot(worst, y, 'C3|', ms=8)
     ax.set_title(title, fontsize=9)
     ax.set(yticks=y, yticklabels=layers)
-    ax.axvline(good, color='k', lw=.7)
+    ax.axvline(good, color='gray', lw=.7)
     ax.invert_yaxis()
     ax.tick_params(axis='y', labelsize=7)
 
@@ -154,5 +154,5 @@ def picture(population:Population, rows:pd.DataFrame):
     _bars(axs[2], names, t.batch_noise, [math.nan]*len(names), "batch noise", 0)
     axs[1].set_xscale('log')
     for ax,xs in zip(axs, ([_OFF], [1-_OFF, 1+_OFF], [_NOISE])):
-        for x in xs: ax.axvline(x, color='k', ls=':', lw=.7)
+        for x in xs: ax.axvline(x, color='gray', ls=':', lw=.7)
     fig.tight_layout()

@@ -9,7 +9,8 @@ root = Path(__file__).resolve().parent.parent
 
 def run(what:Path):
     "Run notebooks, which keep their outputs; exit if one fails"
-    env = {**os.environ, 'MPLBACKEND': 'module://matplotlib_inline.backend_inline', 'PYTHONWARNINGS': 'ignore'}
+    env = {**os.environ, 'MPLBACKEND':'module://matplotlib_inline.backend_inline', 'PYTHONWARNINGS':'ignore',
+           'MATPLOTLIBRC':str(root/'tools/matplotlibrc')}
     res = subprocess.run(['nbdev-test', str(what), '--save', '--n-workers', '2'], cwd=root, env=env)
     if res.returncode: sys.exit(res.returncode)
 
