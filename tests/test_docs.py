@@ -134,6 +134,32 @@ def test_pages_for_machines():
     assert docs.described(PAGE) == f"---\ndescription: 'f: it'\n---\n\n{PAGE}"
     assert docs.described('# T\n\ntext') == '# T\n\ntext'
 
+ENTRY = """# T
+
+about `g`, and `learn.f_x()`
+{: .subtitle }
+
+Text
+
+### Learner.f\\_x { #learner.f_x .api }
+
+fastai_bn/y.py, line 3
+{: .source }
+
+```python
+f_x(n=1)
+```
+"""
+
+def test_a_page_begins_with_the_signature_of_what_it_is_about():
+    "The first name in the subtitle that has an entry; other pages stay as they are"
+    text = docs.first_screen(ENTRY, 'y')
+    assert text.startswith('# T\n\nabout `g`, and `learn.f_x()`\n{: .subtitle }\n\n```python\nfrom fastai_bn.all import *\n\n'
+                           'learn.f_x(n=1)\n```\n\n[All arguments](#learner.f_x)\n{: .more }\n\nText')
+    function = ENTRY.replace('Learner.', '').replace('learner.', '')
+    assert 'from fastai_bn.y import f_x\n\nf_x(n=1)\n' in docs.first_screen(function, 'y')
+    for other in (ENTRY.replace('f_x()', 'h()'), '# T\n\ntext'): assert docs.first_screen(other, 'y') == other
+
 @pytest.mark.parametrize('source,left', [
     ('#| exporti\ndef f(): pass', 'Source of f\ndef f(): pass'),
     ('#| export\ndef _f(): pass', 'Source of _f\ndef _f(): pass'),

@@ -222,12 +222,34 @@ def pages() -> dict:
         mds[f'{rel}.md'],images = convert(nb, True, files=f'{rel.name}_files', repository=project_url('Repository'))
         for name,png in images.items(): write(SRC/f'{rel}_files'/name, png)
     ids = entries(mds)
-    mds = {rel:linked(md, rel, ids) for rel,md in mds.items()}
+    mds = {rel:linked(first_screen(md, Path(rel).stem), rel, ids) for rel,md in mds.items()}
     for rel,md in mds.items(): write(SRC/rel, described(md))
     write(SRC/'llms.txt', llms(mds))
     return mds
 
 SUBTITLE = re.compile(r'\A# (.*)\n\n(.*)\n\{: \.subtitle \}')
+
+def call_of(name:str, md:str) -> tuple|None: # Anchor, is it a method of `Learner`?, signature
+    "Find the entry of `name` on a page"
+    head = rf'^#+ (Learner\.)?{re.escape(name.replace("_", chr(92)+"_"))} \{{ #(\S+) \.api \}}$'
+    m = re.search(rf'{head}.*?^```python\n(.*?)^```', md, flags=re.M|re.S)
+    return m and (m[2], bool(m[1]), m[3])
+
+def promised(subtitle:str, md:str) -> tuple|None: # Name, and what `call_of` gives
+    "Find what a page is about: the first name in its subtitle that has an entry"
+    for name in re.findall(r'`(?:learn\.)?([A-Za-z]\w*)(?:\(\))?`', subtitle):
+        if found := call_of(name, md): return name,*found
+
+def first_screen(md:str, module:str) -> str:
+    "Begin a module's page with the signature of what it is about; its overview, with an example, follows"
+    m = SUBTITLE.match(md)
+    found = m and promised(m[2], md)
+    if not found: return md
+    name,anchor,is_method,call = found
+    begin = 'from fastai_bn.all import *' if is_method else f'from fastai_bn.{module} import {name}'
+    call = f'learn.{call}' if is_method else call
+    top = f'{m[0]}\n\n```python\n{begin}\n\n{call}```\n\n[All arguments](#{anchor})\n{{: .more }}'
+    return top + md[m.end():]
 
 def described(md:str) -> str:
     "Add the subtitle as the page's description, for search engines"

@@ -61,7 +61,8 @@ def outcome(data:str, score:str, title:str) -> Figure:
     ax.axhline(df[df.way == 'batch of 32, BN'].score.mean(), color=LARGE, label='batch of 32')
     ax.axhline(df[df.way == 'GroupNorm, weights standardised'].score.mean(), color='C7', ls=':', label='GroupNorm + WS')
     band(ax, df[df.way == 'plain accumulation'], 'micro', 'score', color=PLAIN, marker='s', label='plain accumulation')
-    band(ax, df[df.way == WINDOW], 'micro', 'score', color=OURS, marker='o', ls='', mfc='none', ms=10, label="'window'")
+    rings = dict(marker='o', ls='', mfc='none', ms=10)
+    band(ax, df[df.way == WINDOW], 'micro', 'score', color=OURS, label="'window'", **rings)
     ticks(ax, (1,2,4,8))
     return done(fig)
 
