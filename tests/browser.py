@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urldefrag, urljoin
 
 import pytest
+import yaml
 from playwright.sync_api import sync_playwright
 
 from helpers import ROOT, public_names, public_object
@@ -149,7 +150,8 @@ def open_search(pg):
         if pg.evaluate(FOCUSED) == 'INPUT': return
     raise AssertionError('the search does not open')
 
-WORDS = dict(AccumulateGradBN='accumulate.html', precise_bn='precise.html', bn_to_gn='groupnorm.html')
+WORDS = dict(AccumulateGradBN='accumulate.html', precise_bn='precise.html', bn_to_gn='groupnorm.html',
+             memory_plan='plan.html', Window='window.html', keep_running_stats='keep.html')
 
 @pytest.mark.parametrize('words,page', WORDS.items())
 @pytest.mark.parametrize('tab', widths.values(), indirect=True, ids=widths)
@@ -162,6 +164,56 @@ def test_search(words, page, tab, base):
     assert page in hit.get_attribute('href'), 'the first hit'
     hit.click()
     tab.wait_for_url(f'**/{page}*', timeout=5000)
+
+def nav_pages(section:str) -> list:
+    "Pages of a section of the navigation"
+    nav = yaml.safe_load((ROOT/'mkdocs.yml').read_text(encoding='utf-8'))['nav']
+    part = next(o[section] for o in nav if section in o)
+    return [p.replace('.md', '.html') for o in part for p in o.values()]
+
+API = [p for p in nav_pages('API') if p != 'all.html']
+
+@pytest.mark.parametrize('rel', API)
+def test_the_first_screen_of_the_api_is_a_signature_and_an_example(rel, tab, base):
+    "What the page is about is imported and called, then used, before one scrolls"
+    visit(tab, base+rel)
+    blocks = all_of(tab, 'article pre', '[o.getBoundingClientRect().top, o.innerText]')
+    seen = [text for top,text in blocks if top < tab.viewport_size['height']-60]
+    assert len(seen) >= 2 and seen[0].startswith('from fastai_bn.'), 'below the first screen'
+    assert tab.locator('article p.more a').first.get_attribute('href').startswith('#')
+
+NEW = ['window.html','will_it_fit.html','virtual.html','any_loop.html','losses.html','keep.html','picture.html']
+
+def test_users_find_pages_and_machinery_stands_apart():
+    users,inside = nav_pages('Guide')+nav_pages('API'),nav_pages('How it works')
+    assert set(NEW) <= set(users)
+    for o in 'mover','storages','schedule','turns','fakes','counting','tracker': assert f'{o}.html' in inside
+
+CORNERS = """() => Array.from(document.querySelectorAll('article img[src*="_files/"]')).map(o => {
+    const c = document.createElement('canvas').getContext('2d')
+    c.drawImage(o, 0, 0)
+    return c.getImageData(0, 0, 1, 1).data[3] })"""
+
+@pytest.mark.parametrize('rel', [p for p in pages if '_files/' in (site/p).read_text(encoding='utf-8')])
+def test_pictures_let_the_page_shine_through(rel, tab, base):
+    "So they fit a dark page as well as a light one"
+    visit(tab, base+rel)
+    corners = tab.evaluate(CORNERS)
+    assert corners and set(corners) == {0}
+
+@pytest.mark.parametrize('scheme,shown', [('light','front-light'), ('dark','front-dark')])
+def test_the_front_picture_fits_the_theme(scheme, shown, tab, base):
+    tab.emulate_media(color_scheme=scheme)
+    visit(tab, base)
+    visible = [o for o in tab.locator('article img').all() if o.is_visible()]
+    assert [shown in o.get_attribute('src') for o in visible] == [True]
+
+def test_a_benchmark_page_begins_with_its_picture(tab, base):
+    for rel in nav_pages('Benchmarks'):
+        visit(tab, base+rel)
+        picture = min(o.bounding_box()['y'] for o in tab.locator('article img').all() if o.is_visible())
+        tables = all_of(tab, 'article table, article details', 'o.getBoundingClientRect().top')
+        assert picture < 600 and picture < min(tables), rel
 
 def test_without_javascript_the_text_is_there(browser, base):
     context = browser.new_context(java_script_enabled=False)

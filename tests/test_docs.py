@@ -154,8 +154,8 @@ f_x(n=1)
 def test_a_page_begins_with_the_signature_of_what_it_is_about():
     "The first name in the subtitle that has an entry; other pages stay as they are"
     text = docs.first_screen(ENTRY, 'y')
-    assert text.startswith('# T\n\nabout `g`, and `learn.f_x()`\n{: .subtitle }\n\n```python\nfrom fastai_bn.all import *\n\n'
-                           'learn.f_x(n=1)\n```\n\n[All arguments](#learner.f_x)\n{: .more }\n\nText')
+    call = '```python\nfrom fastai_bn.all import *\n\nlearn.f_x(n=1)\n```\n\n[All arguments](#learner.f_x)\n{: .more }'
+    assert text.startswith('# T\n\nabout `g`, and `learn.f_x()`\n{: .subtitle }\n\n' + call + '\n\nText')
     function = ENTRY.replace('Learner.', '').replace('learner.', '')
     assert 'from fastai_bn.y import f_x\n\nf_x(n=1)\n' in docs.first_screen(function, 'y')
     for other in (ENTRY.replace('f_x()', 'h()'), '# T\n\ntext'): assert docs.first_screen(other, 'y') == other
