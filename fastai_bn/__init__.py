@@ -67,4 +67,4 @@ Modules:
 - `fastai_bn.virtual`: What a window takes on a graphics card that is not there: the real pager under a clock
 - `fastai_bn.window`: The micro-batches of one optimizer step, in any PyTorch loop"""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
