@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import nbdev.processors
@@ -240,6 +241,14 @@ def promised(subtitle:str, md:str) -> tuple|None: # Name, and what `call_of` giv
     for name in re.findall(r'`(?:learn\.)?([A-Za-z]\w*)(?:\(\))?`', subtitle):
         if found := call_of(name, md): return name,*found
 
+def compact(call:str) -> str:
+    "Write a signature in few lines, where it has a line for each parameter"
+    name,*params = call.strip().splitlines()
+    if not params: return name
+    joined = ' '.join(o.strip().replace(' ', '\0') for o in params[:-1]).removesuffix(',')
+    lines = textwrap.wrap(f'{name}{joined})', 92, subsequent_indent=' '*len(name), break_long_words=False)
+    return '\n'.join(lines).replace('\0', ' ')
+
 def first_screen(md:str, module:str) -> str:
     "Begin a module's page with the signature of what it is about; its overview, with an example, follows"
     m = SUBTITLE.match(md)
@@ -247,8 +256,8 @@ def first_screen(md:str, module:str) -> str:
     if not found: return md
     name,anchor,is_method,call = found
     begin = 'from fastai_bn.all import *' if is_method else f'from fastai_bn.{module} import {name}'
-    call = f'learn.{call}' if is_method else call
-    top = f'{m[0]}\n\n```python\n{begin}\n\n{call}```\n\n[All arguments](#{anchor})\n{{: .more }}'
+    call = compact(f'learn.{call}' if is_method else call)
+    top = f'{m[0]}\n\n```python\n{begin}\n\n{call}\n```\n\n[All arguments](#{anchor})\n{{: .more }}'
     return top + md[m.end():]
 
 def described(md:str) -> str:
