@@ -22,7 +22,7 @@ Modules:
 - `fastai_bn.all`: `from fastai_bn.all import *`
 - `fastai_bn.batches`: A DataLoader's micro-batches, joined and cut to the batches that BatchNorm is to see
 - `fastai_bn.capture`: What BatchNorm layers see, from the native kernels at no cost; and updates that wait
-- `fastai_bn.choice`: What is made again instead of moved, looking at what will be on the device then
+- `fastai_bn.choice`: Choose which storages to make again instead of moving them, by what will be on the device then
 - `fastai_bn.copies`: Memory budgets, host buffers, and the stream on which copies run beside the computation
 - `fastai_bn.counting`: Forward and backward pass inside the real pager, on tensors without memory
 - `fastai_bn.demo`: `python -m fastai_bn.demo`: the main job end to end, in minutes on two cores
@@ -30,7 +30,7 @@ Modules:
 - `fastai_bn.draw`: `make_hpa`: cells drawn in the layout of the Human Protein Atlas, for demonstrations and tests
 - `fastai_bn.epochs`: How a DataLoader's epoch becomes windows, and how fastai's training loop runs inside them
 - `fastai_bn.fakes`: A model of any size runs on tensors that have shapes and no memory
-- `fastai_bn.forecast`: What a block of operations did, the next one will do: who is needed last leaves first
+- `fastai_bn.forecast`: Each block of operations repeats the one before, so the storage needed last leaves first
 - `fastai_bn.groupnorm`: `bn_to_gn`: GroupNorm in place of BatchNorm, in any model; `weight_standardize` to go with it
 - `fastai_bn.hpa`: The Kaggle layout of 4-channel fluorescence images with 28 labels, read into `DataLoaders`
 - `fastai_bn.hpafiles`: Which file holds which channel of which image
@@ -53,12 +53,12 @@ Modules:
 - `fastai_bn.records`: What the pager knows of one storage, and how a storage leaves and returns
 - `fastai_bn.refusals`: What happens when the device has no memory left: others leave, and the operation runs again
 - `fastai_bn.remaker`: What can be made again is dropped, where that costs less, and made when an operation needs it
-- `fastai_bn.replay`: What a policy would move: demand paging of a recorded order
+- `fastai_bn.replay`: Count the bytes that a policy would move: demand paging of a recorded order
 - `fastai_bn.report`: How far off running statistics are, how noisy BatchNorm's batches are, and what to do about it
 - `fastai_bn.rows`: Centre and scale of each row of a matrix, precise at any offset, with NumPy's percentiles
 - `fastai_bn.samples`: The one place that knows what a sample is: batches are counted, cut and joined
 - `fastai_bn.sampling`: Which samples a population is measured on: each once, and no random number is drawn for it
-- `fastai_bn.schedule`: When copies begin: out as soon as nobody needs a storage for long, in as soon as there is room
+- `fastai_bn.schedule`: Start each copy out right after the last use, and each copy in as soon as there is room
 - `fastai_bn.storages`: Who is on the device, and how many bytes that is
 - `fastai_bn.submission`: `submission_table`: `Id,Predicted` for a competition; `best_thresholds`: one threshold a label
 - `fastai_bn.threads`: What a thread is set to, and how to set it back for a while
