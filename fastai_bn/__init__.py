@@ -23,7 +23,7 @@ Modules:
 - `fastai_bn.batches`: A DataLoader's micro-batches, joined and cut to the batches that BatchNorm is to see
 - `fastai_bn.capture`: What BatchNorm layers see, from the native kernels at no cost; and updates that wait
 - `fastai_bn.choice`: Choose which storages to make again instead of moving them, by what will be on the device then
-- `fastai_bn.copies`: Memory budgets, host buffers, and the stream on which copies run beside the computation
+- `fastai_bn.copies`: Memory budgets, host buffers, and the streams on which copies run beside the computation
 - `fastai_bn.counting`: Forward and backward pass inside the real pager, on tensors without memory
 - `fastai_bn.demo`: `python -m fastai_bn.demo`: the main job end to end, in minutes on two cores
 - `fastai_bn.diversion`: For a while a BN layer's update goes to somebody else, and its own running statistics stay
@@ -59,7 +59,7 @@ Modules:
 - `fastai_bn.samples`: The one place that knows what a sample is: batches are counted, cut and joined
 - `fastai_bn.sampling`: Which samples a population is measured on: each once, and no random number is drawn for it
 - `fastai_bn.schedule`: Start each copy out right after the last use, and each copy in as soon as there is room
-- `fastai_bn.storages`: Who is on the device, and how many bytes that is
+- `fastai_bn.storages`: Which storages are on the device, and how many bytes they take
 - `fastai_bn.submission`: `submission_table`: `Id,Predicted` for a competition; `best_thresholds`: one threshold a label
 - `fastai_bn.threads`: What a thread is set to, and how to set it back for a while
 - `fastai_bn.toolarge`: What is said when an operation does not fit into the budget alone
