@@ -39,7 +39,7 @@ Modules:
 - `fastai_bn.lockstep`: `MicroBatched`: one large batch computed in micro-batches that meet at every BatchNorm layer
 - `fastai_bn.making`: What was dropped is made by the calls that made it, and a check says whether the bits are the same
 - `fastai_bn.moments`: Count, mean and M2 of what BatchNorm layers see: statistics that merge
-- `fastai_bn.mover`: Who leaves for an operation, and who returns ahead of time
+- `fastai_bn.mover`: Which storages leave for an operation, and which return ahead of time
 - `fastai_bn.normalize`: `image_normalize`: every image by its own statistics; `ImageNormalize`: the same in batches
 - `fastai_bn.operations`: What an operation uses, writes to and makes
 - `fastai_bn.paging`: `ActivationPager`: any model within a fixed amount of device memory, bit for bit the same
@@ -48,10 +48,10 @@ Modules:
 - `fastai_bn.population`: The statistics of a population with fixed weights, which inference should normalise with
 - `fastai_bn.precise`: `precise_bn`: population statistics of the final weights, not an average over changing ones
 - `fastai_bn.processes`: Which processes train together, over which of them BN normalises, and what they add up
-- `fastai_bn.reads`: `print(t)` is no operation: what reads a tensor's memory directly brings the tensor back first
+- `fastai_bn.reads`: `print(t)` is not an operation: methods that read a tensor's memory directly bring the tensor back first
 - `fastai_bn.recipes`: How the content of a storage came about, written down so that the same calls make it again
 - `fastai_bn.records`: What the pager knows of one storage, and how a storage leaves and returns
-- `fastai_bn.refusals`: What happens when the device has no memory left: others leave, and the operation runs again
+- `fastai_bn.refusals`: When the device has no memory left, other storages leave, and the operation runs again
 - `fastai_bn.remaker`: What can be made again is dropped, where that costs less, and made when an operation needs it
 - `fastai_bn.replay`: Count the bytes that a policy would move: demand paging of a recorded order
 - `fastai_bn.report`: How far off running statistics are, how noisy BatchNorm's batches are, and what to do about it
