@@ -37,22 +37,22 @@ Modules:
 - `fastai_bn.keep`: `keep_running_stats`: passes that leave BN's running statistics alone, as checkpointing's second one
 - `fastai_bn.layers`: Its running statistics, its own `forward`, and the errors that name it
 - `fastai_bn.lockstep`: `MicroBatched`: one large batch computed in micro-batches that meet at every BatchNorm layer
-- `fastai_bn.making`: What was dropped is made by the calls that made it, and a check says whether the bits are the same
+- `fastai_bn.making`: Make dropped storages again by the calls that made them, and check that the bits are the same
 - `fastai_bn.moments`: Count, mean and M2 of what BatchNorm layers see: statistics that merge
 - `fastai_bn.mover`: Which storages leave for an operation, and which return ahead of time
 - `fastai_bn.normalize`: `image_normalize`: every image by its own statistics; `ImageNormalize`: the same in batches
-- `fastai_bn.operations`: What an operation uses, writes to and makes
+- `fastai_bn.operations`: Find the storages that an operation uses, writes to and makes
 - `fastai_bn.paging`: `ActivationPager`: any model within a fixed amount of device memory, bit for bit the same
 - `fastai_bn.plan`: `memory_plan`: what a batch takes, and what each remedy would, before anything is allocated
 - `fastai_bn.pooled`: BatchNorm over micro-batches that are never together: three autograd functions and their gradient
 - `fastai_bn.population`: The statistics of a population with fixed weights, which inference should normalise with
 - `fastai_bn.precise`: `precise_bn`: population statistics of the final weights, not an average over changing ones
 - `fastai_bn.processes`: Which processes train together, over which of them BN normalises, and what they add up
-- `fastai_bn.reads`: `print(t)` is not an operation: methods that read a tensor's memory directly bring the tensor back first
-- `fastai_bn.recipes`: How the content of a storage came about, written down so that the same calls make it again
+- `fastai_bn.reads`: `print(t)` is not an operation: a direct read of a tensor's memory brings the tensor back first
+- `fastai_bn.recipes`: Record how the content of a storage came about, so that the same calls make it again
 - `fastai_bn.records`: What the pager knows of one storage, and how a storage leaves and returns
 - `fastai_bn.refusals`: When the device has no memory left, other storages leave, and the operation runs again
-- `fastai_bn.remaker`: What can be made again is dropped, where that costs less, and made when an operation needs it
+- `fastai_bn.remaker`: Drop storages that are cheaper to make again, and make them when an operation needs them
 - `fastai_bn.replay`: Count the bytes that a policy would move: demand paging of a recorded order
 - `fastai_bn.report`: How far off running statistics are, how noisy BatchNorm's batches are, and what to do about it
 - `fastai_bn.rows`: Centre and scale of each row of a matrix, precise at any offset, with NumPy's percentiles
@@ -62,7 +62,7 @@ Modules:
 - `fastai_bn.storages`: Which storages are on the device, and how many bytes they take
 - `fastai_bn.submission`: `submission_table`: `Id,Predicted` for a competition; `best_thresholds`: one threshold a label
 - `fastai_bn.threads`: What a thread is set to, and how to set it back for a while
-- `fastai_bn.toolarge`: What is said when an operation does not fit into the budget alone
+- `fastai_bn.toolarge`: Warn when a single operation does not fit into the budget
 - `fastai_bn.tracker`: Every operation belongs to a layer, in the backward pass, too
 - `fastai_bn.tries`: A window that does not fit although nothing else is on the device runs once more, in lock step
 - `fastai_bn.turns`: Micro-batches that run side by side and wait for each other: `LockStep`

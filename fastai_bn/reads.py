@@ -1,4 +1,4 @@
-"""`print(t)` is not an operation: methods that read a tensor's memory directly bring the tensor back first
+"""`print(t)` is not an operation: a direct read of a tensor's memory brings the tensor back first
 
 The pager (`fastai_bn.paging`) sees every PyTorch operation. But some methods of tensors read memory without an
 operation. While a block is open, this module replaces these methods by others that bring their tensor back first.
