@@ -95,7 +95,7 @@ class Order:
         return _first(self.writes[label], at)
 
 # %% ../nbs/10_forecast.ipynb #9c81abae
-SLACK = 8  # steps that a block may leave out or have more of, in a row, and still be on the forecast
+SLACK = 8  # steps in a row that a block may add or leave out and still follow the forecast
 
 # %% ../nbs/10_forecast.ipynb #bb2fc51e
 class Forecast:

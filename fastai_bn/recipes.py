@@ -164,7 +164,7 @@ class Call(NamedTuple):
 
 # %% ../nbs/12d_recipes.ipynb #f8d97a02
 def _kept(st:torch.UntypedStorage) -> Tensor:
-    "Make a tensor that keeps `st` alive: in older PyTorch what comes out of a weak reference does not"
+    "Make a tensor that keeps `st` alive: in older PyTorch the object from a weak reference does not"
     with torch._C._DisableTorchDispatch(), torch._C._DisableFuncTorch():
         return torch.empty(0, dtype=torch.uint8, device=st.device).set_(st, 0, (0,), (1,))
 
