@@ -17,26 +17,26 @@ Modules:
 - `fastai_bn.all`: `from fastai_bn.all import *`
 - `fastai_bn.batches`: A DataLoader's micro-batches, joined and cut to the batches that BatchNorm is to see
 - `fastai_bn.capture`: What BatchNorm layers see, from the native kernels at no cost; and updates that wait
-- `fastai_bn.choice`: What is made again instead of moved, looking at what will be on the device then
-- `fastai_bn.copies`: Memory budgets, host buffers, and the stream on which copies run beside the computation
+- `fastai_bn.choice`: Choose which storages to make again instead of moving them, by what will be on the device then
+- `fastai_bn.copies`: Memory budgets, host buffers, and the streams on which copies run beside the computation
 - `fastai_bn.counting`: Forward and backward pass inside the real pager, on tensors without memory
 - `fastai_bn.demo`: `python -m fastai_bn.demo`: the main job end to end, in minutes on two cores
 - `fastai_bn.diversion`: For a while a BN layer's update goes to somebody else, and its own running statistics stay
 - `fastai_bn.draw`: `make_hpa`: cells drawn in the layout of the Human Protein Atlas, for demonstrations and tests
 - `fastai_bn.epochs`: How a DataLoader's epoch becomes windows, and how fastai's training loop runs inside them
 - `fastai_bn.fakes`: A model of any size runs on tensors that have shapes and no memory
-- `fastai_bn.forecast`: What a block of operations did, the next one will do: who is needed last leaves first
+- `fastai_bn.forecast`: Each block of operations repeats the one before, so the storage needed last leaves first
 - `fastai_bn.groupnorm`: `bn_to_gn`: GroupNorm in place of BatchNorm, in any model; `weight_standardize` to go with it
 - `fastai_bn.hpa`: The Kaggle layout of 4-channel fluorescence images with 28 labels, read into `DataLoaders`
 - `fastai_bn.hpafiles`: Which file holds which channel of which image
 - `fastai_bn.keep`: `keep_running_stats`: passes that leave BN's running statistics alone, as checkpointing's second one
 - `fastai_bn.layers`: Its running statistics, its own `forward`, and the errors that name it
 - `fastai_bn.lockstep`: `MicroBatched`: one large batch computed in micro-batches that meet at every BatchNorm layer
-- `fastai_bn.making`: What was dropped is made by the calls that made it, and a check says whether the bits are the same
+- `fastai_bn.making`: Make dropped storages again by the calls that made them, and check that the bits are the same
 - `fastai_bn.moments`: Count, mean and M2 of what BatchNorm layers see: statistics that merge
-- `fastai_bn.mover`: Who leaves for an operation, and who returns ahead of time
+- `fastai_bn.mover`: Which storages leave for an operation, and which return ahead of time
 - `fastai_bn.normalize`: `image_normalize`: every image by its own statistics; `ImageNormalize`: the same in batches
-- `fastai_bn.operations`: What an operation uses, writes to and makes
+- `fastai_bn.operations`: Find the storages that an operation uses, writes to and makes
 - `fastai_bn.paging`: `ActivationPager`: any model within a fixed amount of device memory, bit for bit the same
 - `fastai_bn.picture`: `picture`: what the BN batch does to a training, and what a large one takes under a budget
 - `fastai_bn.plan`: `memory_plan`: what a batch takes, and what each remedy would, before anything is allocated
@@ -44,21 +44,21 @@ Modules:
 - `fastai_bn.population`: The statistics of a population with fixed weights, which inference should normalise with
 - `fastai_bn.precise`: `precise_bn`: population statistics of the final weights, not an average over changing ones
 - `fastai_bn.processes`: Which processes train together, over which of them BN normalises, and what they add up
-- `fastai_bn.reads`: `print(t)` is no operation: what reads a tensor's memory directly brings the tensor back first
-- `fastai_bn.recipes`: How the content of a storage came about, written down so that the same calls make it again
+- `fastai_bn.reads`: `print(t)` is not an operation: a direct read of a tensor's memory brings the tensor back first
+- `fastai_bn.recipes`: Record how the content of a storage came about, so that the same calls make it again
 - `fastai_bn.records`: What the pager knows of one storage, and how a storage leaves and returns
-- `fastai_bn.refusals`: What happens when the device has no memory left: others leave, and the operation runs again
-- `fastai_bn.remaker`: What can be made again is dropped, where that costs less, and made when an operation needs it
-- `fastai_bn.replay`: What a policy would move: demand paging of a recorded order
+- `fastai_bn.refusals`: When the device has no memory left, other storages leave, and the operation runs again
+- `fastai_bn.remaker`: Drop storages that are cheaper to make again, and make them when an operation needs them
+- `fastai_bn.replay`: Count the bytes that a policy would move: demand paging of a recorded order
 - `fastai_bn.report`: How far off running statistics are, how noisy BatchNorm's batches are, and what to do about it
 - `fastai_bn.rows`: Centre and scale of each row of a matrix, precise at any offset, with NumPy's percentiles
 - `fastai_bn.samples`: The one place that knows what a sample is: batches are counted, cut and joined
 - `fastai_bn.sampling`: Which samples a population is measured on: each once, and no random number is drawn for it
-- `fastai_bn.schedule`: When copies begin: out as soon as nobody needs a storage for long, in as soon as there is room
-- `fastai_bn.storages`: Who is on the device, and how many bytes that is
+- `fastai_bn.schedule`: Start each copy out right after the last use, and each copy in as soon as there is room
+- `fastai_bn.storages`: Which storages are on the device, and how many bytes they take
 - `fastai_bn.submission`: `submission_table`: `Id,Predicted` for a competition; `best_thresholds`: one threshold a label
 - `fastai_bn.threads`: What a thread is set to, and how to set it back for a while
-- `fastai_bn.toolarge`: What is said when an operation does not fit into the budget alone
+- `fastai_bn.toolarge`: Warn when a single operation does not fit into the budget
 - `fastai_bn.tracker`: Every operation belongs to a layer, in the backward pass, too
 - `fastai_bn.tries`: A window that does not fit although nothing else is on the device runs once more, in lock step
 - `fastai_bn.turns`: Micro-batches that run side by side and wait for each other: `LockStep`

@@ -1,9 +1,9 @@
-"""What is made again instead of moved, looking at what will be on the device then
+"""Choose which storages to make again instead of moving them, by what will be on the device then
 
-A storage that is away returns over the bus, or it is made again from others. Which is cheaper depends on these others:
-if they are needed soon anyway, making costs no bytes; if they have to return early and leave again, it costs more than
-it saves. This module chooses by the order of operations of the block before. It is pure, as the forecast
-(`fastai_bn.forecast`) is: it knows labels and sizes, no tensors.
+A storage that is away returns over the bus, or is made again from other storages. The cheaper way depends on these
+sources. If other operations need them soon anyway, making costs no bytes. If they have to return early and leave again,
+making costs more than it saves. This module chooses, by the order of operations of the block before. Like the forecast
+(`fastai_bn.forecast`) it is pure: it knows labels and sizes, not tensors.
 
 You need this page to understand or to change what is made again. To use the pager you do not.
 
@@ -24,7 +24,7 @@ __all__ = []
 def fixed_bytes(
     order:Order,
 ) -> list[int]: # By step
-    "Count what is alive at each step and has no label: it stays"
+    "Count the bytes at each step that have no label, and so stay"
     res,labelled = [],0
     for s in order.steps:
         labelled -= sum([order.sizes[o] for o in s.dead])
@@ -33,14 +33,14 @@ def fixed_bytes(
     return res
 
 class Horizon:
-    "Tell for each step until which step all that is used fits within a limit at once"
+    "Tell for each step until which step all used storages fit within a limit at once"
     def __init__(self,
         order:Order,
         limit:int, # Bytes
     ):
         self.order,self.limit,self.fixed = order,limit,fixed_bytes(order)
         self.touched = [(*s.uses, *s.new) for s in order.steps]
-        self.count,self.total = {},0  # how often the steps in the window touch each label; the bytes of those alive
+        self.count,self.total = {},0  # how often steps in the window touch each label; bytes alive of these labels
         self.ends = self._slide()
 
     def _slide(self) -> list[int]:
@@ -73,17 +73,17 @@ class Horizon:
             if n: self.count[o] = n-1
 
 # %% ../nbs/10a_choice.ipynb #262b5ff7
-WORK = 1/32 # what it costs to read or write a byte on the device, in bytes moved
+WORK = 1/32 # the cost to read or write a byte on the device, in bytes moved
 
 class Choice:
-    "Which storages are made again instead of moved, and for which step"
+    "Choose which storages are made again instead of moved, and for which step"
     def __init__(self,
         order:Order,
         horizon:Horizon,
-        chain:int, # Storages that are made one for the other, at most
+        chain:int, # At most how many storages in a row are made, each for the next
     ):
         self.order,self.horizon,self.chain = order,horizon,chain
-        self.again,self.holds = set(),{}  # labels and the steps they are made for; by label, what is kept for it
+        self.again,self.holds = set(),{}  # labels with the step they are made for; sources to keep, by label
         for n,label in self._gaps():
             self._kept = set()
             if self.price(label, n, chain, self._room(label, n)) >= 2*order.sizes[label]: continue
@@ -91,23 +91,23 @@ class Choice:
             self.holds.setdefault(label, set()).update(self._kept)
 
     def _gaps(self) -> list[tuple[int,int]]: # Steps and labels
-        "List the uses of what can be made again, the last first"
+        "List the uses of storages that can be made again, the last use first"
         uses = self.order.uses
         gaps = [(n, label) for label,recipe in self.order.recipes.items() for n in uses[label] if n > recipe.at]
         return sorted(gaps, key=lambda o: (-o[0], o[1]))
 
     def _room(self, label:int, n:int) -> int: # Bytes
-        "Tell what is left for making `label` for step `n`, beside what else that step uses"
+        "Tell how much room is left to make `label` for step `n`, beside the other storages of that step"
         others = sum([self.order.sizes[o] for o in self.order.steps[n].uses if o != label])
         return self.horizon.limit - self.horizon.fixed[n] - others
 
     def price(self,
         label:int, # A storage that can be made again
-        n:int,     # The step that it is made for
-        chain:int, # Storages that may be made for it, one for the other
+        n:int,     # The step that needs it
+        chain:int, # How many storages in a row may be made for it
         room:int,  # Bytes
-    ) -> float: # Bytes that move, or as much; infinity: it cannot be
-        "Tell what it costs to make a storage"
+    ) -> float: # Bytes moved, or their equivalent; infinity: not possible
+        "Tell the cost of making a storage"
         sizes,recipe = self.order.sizes,self.order.recipes[label]
         if any([self.order.next_write(o, recipe.at+1) < n for o in recipe.sources]): return math.inf
         used = self.order.steps[n].uses
@@ -116,7 +116,7 @@ class Choice:
         return WORK*recipe.work + sum([self._source(o, n, chain, room) for o in recipe.sources])
 
     def _source(self, label:int, n:int, chain:int, room:int) -> float:
-        "Tell what it costs to have `label` there for step `n`, only to make another one"
+        "Tell the cost of having `label` on the device at step `n`, only as a source"
         order = self.order
         is_dead = order.ends.get(label, math.inf) <= n
         after = math.inf if is_dead else order.next_use(label, n)

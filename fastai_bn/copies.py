@@ -1,7 +1,7 @@
-"""Memory budgets, host buffers, and the stream on which copies run beside the computation
+"""Memory budgets, host buffers, and the streams on which copies run beside the computation
 
-What the pager (`fastai_bn.paging`) moves goes into buffers in host memory and returns from there. This module owns
-these buffers and makes the copies; it also turns a budget such as `'6GiB'` or `.8` into bytes.
+The pager (`fastai_bn.paging`) moves storages into buffers in host memory and back. This module owns these buffers and
+makes the copies. It also turns a budget such as `'6GiB'` or `.8` into bytes.
 
 You need this page to understand or to change how the pager copies. To use it you do not.
 
@@ -23,7 +23,7 @@ __all__ = []
 # %% ../nbs/11_copies.ipynb #ee35d4e5
 _UNITS = ' kmgt'
 
-def _bytes_of(text:str) -> int: # 0 if it is no size
+def _bytes_of(text:str) -> int: # 0 if it is not a size
     "Read a size such as '6GiB' or '500 MB'"
     m = re.fullmatch(r'\s*(\d+\.?\d*|\.\d+)\s*([kmgt]?)(i?)b\s*', text.lower())
     if m is None or m[3] and not m[2]: return 0
@@ -51,25 +51,25 @@ def parse_budget(
 def has_own_memory(
     device:torch.device, # Any
 ) -> bool:
-    "Does `device` have memory beside the host's? Apple's GPU (MPS) has not"
+    "Tell whether `device` has memory beside the host's. Apple's GPU (MPS) has none"
     return device.type not in ('cpu','mps','meta')
 
 def free_bytes(
     device:torch.device, # Any
 ) -> int:
-    "Tell what is free on `device`, with what PyTorch's allocator holds in reserve"
+    "Count the free bytes on `device`, with the reserve of PyTorch's allocator"
     if not has_own_memory(device): return os.sysconf('SC_AVPHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
     module = torch.get_device_module(device)
     return module.mem_get_info(device)[0] + module.memory_reserved(device) - module.memory_allocated(device)
 
 def total_bytes(
-    device:torch.device, # With memory of its own
+    device:torch.device, # A device that has its own memory
 ) -> int:
     "Tell how much memory `device` has"
     return torch.get_device_module(device).mem_get_info(device)[1]
 
 class Budget:
-    "A memory budget: what it is in bytes on each device"
+    "Hold a memory budget, and tell its bytes on each device"
     def __init__(self,
         budget:int|float|str|None, # As for `parse_budget`
     ):
@@ -86,19 +86,19 @@ class Budget:
 
 # %% ../nbs/11_copies.ipynb #2529c6f9
 class Copies:
-    "Copy between the device and a pool of host buffers: in the background on an accelerator, else at once"
+    "Copy between the device and a pool of host buffers: in the background on an accelerator, otherwise at once"
     def __init__(self):
-        self.device,self.main,self.sides = None,None,()  # the stream that computes, those for copies in and out
-        self.pool,self.idle = {},{}  # buffers by size; how many of them nobody took since `trim`
+        self.device,self.main,self.sides = None,None,()  # the compute stream; the streams for copies in and out
+        self.pool,self.idle = {},{}  # buffers by size; how many of each size nobody took since `trim`
         self.used = self.peak = self.moved = 0  # bytes
 
     def use_device(self, device:torch.device):
-        "From now on, copy from and to `device`, beside the stream that is current there now"
+        "Copy from and to `device` from now on, beside the stream that is current there now"
         if device != self.device: self.device,self.sides,self.pool = device,side_streams(device),{}
         if self.sides: self.main = torch.accelerator.current_stream(device)
 
     def take(self, n:int) -> torch.UntypedStorage:
-        "Take a host buffer of `n` bytes. Raises `MemoryError` if there is none"
+        "Take a host buffer of `n` bytes. Raises `MemoryError` if the host has no memory for it"
         if not self.pool.get(n): self.pool[n] = [self._new(n)]
         buf = self.pool[n].pop()
         self.idle[n] = min(self.idle.get(n, 0), len(self.pool[n]))
@@ -107,21 +107,21 @@ class Copies:
         return buf
 
     def _new(self, n:int) -> torch.UntypedStorage:
-        "Allocate a buffer. If there is no memory for it, first do without the spare ones"
+        "Allocate a buffer. If there is no memory for it, drop the spare buffers and try again"
         try: return self.allocate(n)
         except (RuntimeError, MemoryError) as e:
             if any(self.pool.values()):
                 self.pool = {}
                 return self._new(n)
             raise MemoryError(
-                f"ActivationPager found no host memory for {n:,} bytes more; {self.used:,} are there already. Nothing "
-                "is lost. Free host memory, raise the budget or make the batch smaller") from e
+                f"ActivationPager found no host memory for {n:,} bytes more; its copies hold {self.used:,} already. "
+                "Nothing is lost. Free host memory, raise the budget or make the batch smaller") from e
 
     def allocate(self, n:int) -> torch.UntypedStorage:
-        "Allocate memory that no mode sees, the pager least of all"
+        "Allocate memory, hidden from all dispatch modes and so from the pager"
         with torch._C._DisableTorchDispatch():
             pin = bool(self.sides)
-            host = 'meta' if self.device.type == 'meta' else 'cpu'  # where there is no memory, copies need none
+            host = 'meta' if self.device.type == 'meta' else 'cpu'  # copies of tensors without memory need none
             return torch.empty(n, dtype=torch.uint8, device=host, pin_memory=pin).untyped_storage()
 
     def give(self, buf:torch.UntypedStorage, n:int):
@@ -130,20 +130,20 @@ class Copies:
         self.used -= n
 
     def trim(self):
-        "Drop the buffers that lay idle since the last call"
+        "Drop the buffers that nobody took since the last call"
         self.pool = {n:bufs[self.idle.get(n, 0):] for n,bufs in self.pool.items()}
         self.idle = {n:len(bufs) for n,bufs in self.pool.items()}
 
-    def copy_out(self, st:torch.UntypedStorage, buf:torch.UntypedStorage): # The event at the end; None: it is over
+    def copy_out(self, st:torch.UntypedStorage, buf:torch.UntypedStorage): # The event at its end; None: it has ended
         "Copy a storage to the host"
         return self.start(buf, st, True)
 
-    def copy_in(self, st:torch.UntypedStorage, buf:torch.UntypedStorage): # The event at the end; None: it is over
+    def copy_in(self, st:torch.UntypedStorage, buf:torch.UntypedStorage): # The event at its end; None: it has ended
         "Copy a storage from the host"
         return self.start(st, buf, False)
 
     def start(self, dst:torch.UntypedStorage, src:torch.UntypedStorage, is_out:bool):
-        "Copy all of `src`. No mode sees this copy, the pager least of all"
+        "Copy all of `src`, hidden from all dispatch modes and so from the pager"
         self.moved += src.nbytes()
         with torch._C._DisableTorchDispatch():
             if not self.sides:
@@ -154,14 +154,14 @@ class Copies:
             with side: dst.copy_(src, non_blocking=True)
             return side.record_event()
 
-    def run(self, func, args:tuple, kwargs:dict): # What it returns; None: there is no memory
-        "Call an operation that makes something again. No mode sees it, and nothing that stands above the kernels"
+    def run(self, func, args:tuple, kwargs:dict): # Its result; None: tensors without memory
+        "Call an operation that makes a storage again, hidden from modes and from all else above the kernels"
         if self.device.type == 'meta': return None
         with (torch._C._DisableTorchDispatch(), torch._C._DisableFuncTorch(), torch._C._AutoDispatchBelowAutograd(),
               torch._C._DisableAutocast()): return func(*args, **kwargs)
 
     def wait(self, event):
-        "Let what comes next on the device wait for a copy. The CPU does not wait"
+        "Make the next operations on the device wait for a copy. The CPU does not wait"
         if event is not None: self.main.wait_event(event)
 
 # %% ../nbs/11_copies.ipynb #b70e7e32

@@ -1,8 +1,9 @@
-"""What a block of operations did, the next one will do: who is needed last leaves first
+"""Each block of operations repeats the one before, so the storage needed last leaves first
 
-The pager's memory. Training repeats itself, so the order of operations in one block is the forecast for the next:
-which storages an operation uses, how much it makes, and when each storage is used again. Everything here is pure. It
-knows labels and sizes, no tensors, so a policy can be tried on a recorded order without running the model again.
+Training repeats itself, so the order of operations in one block is the forecast for the next: which storages an
+operation uses, how much it makes, and when each storage is used again. This module is the pager's memory. Everything
+here is pure: it knows labels and sizes, not tensors, so one can try a policy on a recorded order without running the
+model again.
 
 You need this page to understand or to change what the pager (`fastai_bn.paging`) moves. To use it you do not.
 
@@ -26,13 +27,13 @@ __all__ = []
 # %% ../nbs/10_forecast.ipynb #6fa020c4
 @dataclass(slots=True)
 class Step:
-    "One operation on storages, which are given by their labels"
+    "Hold one operation and its storages, by label"
     op: object        # The operation
-    uses: tuple       # Storages among its arguments
-    writes: tuple     # Those that it writes to
-    dead: tuple       # Storages that died since the step before
-    base: int         # Bytes alive before it, on the device and on the host
-    grow: int = 0     # The most that `base` grows until the next step
+    uses: tuple       # Storages among the arguments
+    writes: tuple     # Storages that the operation writes to
+    dead: tuple       # Storages that died after the step before
+    base: int         # Bytes alive before this step, on the device and on the host
+    grow: int = 0     # The most by which `base` grows until the next step
     new: list = field(default_factory=list) # Storages that appear until the next step
 
 def _first(steps:list[int], at:int) -> float:
@@ -41,22 +42,22 @@ def _first(steps:list[int], at:int) -> float:
     return steps[i] if i < len(steps) else math.inf
 
 class Recipe(NamedTuple):
-    "How what a storage holds can be made again"
-    sources: tuple # Labels of what it is made from
-    at: int        # The step that wrote to it last
-    scratch: int   # Bytes that are needed beside that
-    work: int      # Bytes that its operations read and write
-    between: tuple=() # Labels of what it goes on from, and of what has died and is made in between
+    "Tell how to make again what a storage holds"
+    sources: tuple # Labels of the storages that the calls read
+    at: int        # The step that last wrote to the storage
+    scratch: int   # Bytes needed beside the sources and the result
+    work: int      # Bytes that the calls read and write
+    between: tuple=() # Labels of storages whose recipe this one continues, and of dead ones that are made in between
 
 @dataclass
 class Order:
-    "What the operations of one block did, in order"
-    steps: list[Step] = field(default_factory=list) # The first stands for what there is before any operation
+    "Record what the operations of one block did, in order"
+    steps: list[Step] = field(default_factory=list) # The first stands for the time before any operation
     sizes: list[int] = field(default_factory=list) # Bytes by label
-    recipes: dict[int,Recipe] = field(default_factory=dict) # By label, where known
+    recipes: dict[int,Recipe] = field(default_factory=dict) # By label, if known
 
     @cached_property
-    def uses(self) -> list[list[int]]: # The steps that use it, by label
+    def uses(self) -> list[list[int]]: # Steps, by label
         "List when each storage is used"
         res = [[] for _ in self.sizes]
         for i,s in enumerate(self.steps):
@@ -64,7 +65,7 @@ class Order:
         return res
 
     @cached_property
-    def writes(self) -> list[list[int]]: # The steps that write to it, by label
+    def writes(self) -> list[list[int]]: # Steps, by label
         "List when each storage is written to"
         res = [[] for _ in self.sizes]
         for i,s in enumerate(self.steps):
@@ -72,8 +73,8 @@ class Order:
         return res
 
     @cached_property
-    def ends(self) -> dict[int,int]: # The step before which it died, by label
-        "Tell when each storage died, if it did"
+    def ends(self) -> dict[int,int]: # The step that follows its death, by label
+        "Tell when each storage died, if it died"
         return {label:i for i,s in enumerate(self.steps) for label in s.dead}
 
     def next_use(self,
@@ -94,17 +95,17 @@ class Order:
         return _first(self.writes[label], at)
 
 # %% ../nbs/10_forecast.ipynb #9c81abae
-SLACK = 8  # steps that a block may leave out or have more of, in a row, and still be on the forecast
+SLACK = 8  # steps in a row that a block may add or leave out and still follow the forecast
 
 # %% ../nbs/10_forecast.ipynb #bb2fc51e
 class Forecast:
     "Record what a block does, and foresee what comes from the order of the block before"
     def __init__(self,
-        before:Order|None, # What the block before did; None: nothing is foreseen
+        before:Order|None, # The order of the block before; None: foresee nothing
     ):
-        self.before,self.exact = before,before is not None  # while it is exact there is nothing new to record
-        self.at,self.missed = 1,0  # the next step of `before` (the first is what there is before any); steps not found
-        self.n_labels,self.dead,self.deaths = 0,[],{}  # storages so far; those that died since the last step; by step
+        self.before,self.exact = before,before is not None  # while the forecast is exact there is nothing new to record
+        self.at,self.missed = 1,0  # the next step of `before` (0 stands for the time before any); steps not found
+        self.n_labels,self.dead,self.deaths = 0,[],{}  # storages so far; deaths since the last step; deaths by step
         self.step = Step(None, (), (), (), 0)
         self.order = before if self.exact else Order([self.step])
 
@@ -123,7 +124,7 @@ class Forecast:
         return label
 
     def follow(self, op, uses:tuple[int,...], writes:tuple[int,...], alive:int) -> int|None: # Bytes
-        "Record a step, and foresee how much it makes. None: without labels it belongs to the step before, as foreseen"
+        "Record a step, and foresee how much it makes. None: a step without labels belongs to the step before"
         if not uses: return None if self.before else 0
         if self.exact:
             steps,at = self.before.steps,self.at
@@ -138,11 +139,11 @@ class Forecast:
         return self.before.steps[self.at-1].grow if self._find(op, uses) else 0
 
     def _depart(self):
-        "From now on record: so far the block did what the one before it did"
+        "Begin to record, now that the block departs from the one before"
         before,n,more = self.before,self.n_labels,0
         steps = []
         for i,s in enumerate(before.steps[:self.at]):
-            # What died, and when, may be different all the same
+            # Deaths may still differ from those of the block before
             dead = tuple(self.deaths.get(i, ()))
             more += sum([before.sizes[o] for o in s.dead]) - sum([before.sizes[o] for o in dead])
             steps.append(replace(s, dead=dead, base=s.base+more))
@@ -152,7 +153,7 @@ class Forecast:
         self.order,self.exact = Order(steps, before.sizes[:n], recipes),False
 
     def _find(self, op, uses:tuple[int,...]) -> bool:
-        "Find a step. Steps may be added or left out, as when gradients are there already and are added to"
+        "Find a step. A block may add or leave out steps, for instance if it adds to gradients that exist already"
         if self.before is None: return False
         steps = self.before.steps
         for i in range(self.at, min(self.at+SLACK, len(steps))):
@@ -169,16 +170,16 @@ class Forecast:
         return self.at if label >= len(self.before.sizes) else self.before.next_use(label, self.at)
 
     def grow(self, alive:int):
-        "Note that `alive` bytes were there after an operation"
+        "Note how many bytes are alive after an operation"
         step = self.step
         if alive-step.base > step.grow: step.grow = alive-step.base
 
     def note_recipe(self, label:int, sources:tuple[int,...], *details):
-        "Note how what the step has just written can be made again"
+        "Note how to make again the storage that this step has just written"
         self.order.recipes[label] = Recipe(sources, len(self.order.steps)-1, *details)
 
     def forget_recipe(self, label:int):
-        "Note that what can be made again is written over"
+        "Note that an operation overwrites a storage that could be made again"
         if not self.exact: self.order.recipes.pop(label, None)
 
     def learned(self) -> Order:
@@ -191,13 +192,13 @@ class Forecast:
 def allocates(
     func, # An operator
 ) -> bool:
-    "Tell whether `func` can take memory. It does not if all that it returns are its arguments, or views of them"
+    "Tell whether `func` can take memory. It takes none if it returns only its arguments, or views of them"
     if not isinstance(func, torch._ops.OpOverload): return True
     return any(o.alias_info is None for o in func._schema.returns) or 'resize' in func._schema.name
 
 # %% ../nbs/10_forecast.ipynb #3d13e9e5
 def __getattr__(name:str):
-    "Find what has moved to `fastai_bn.replay`"
+    "Find a name that has moved to `fastai_bn.replay`"
     if name != 'moved_bytes': raise AttributeError(f"module 'fastai_bn.forecast' has no attribute '{name}'")
     from fastai_bn import replay
     return replay.moved_bytes

@@ -1,8 +1,8 @@
-"""What was dropped is made by the calls that made it, and a check says whether the bits are the same
+"""Make dropped storages again by the calls that made them, and check that the bits are the same
 
-A storage that was dropped is made again into its own memory, by the calls that made it (`fastai_bn.recipes`): by
-the same kernels, from the same bytes, so with the same bits. That is checked, not believed: each recipe has to give the
-bits of a copy before any copy is spared.
+The pager makes a dropped storage again in its own memory, by the calls that made it (`fastai_bn.recipes`). The same
+kernels work on the same bytes, so the bits should be the same. The pager does not rely on that, it checks: each recipe
+has to give the bits of a copy before any copy is spared.
 
 You need this page to understand or to change how that is done, or what a pager learns from it. To use the pager you do
 not.
@@ -29,21 +29,21 @@ __all__ = []
 
 # %% ../nbs/12e_making.ipynb #9c47f6d7
 class Remakes:
-    "What is known of making again, from block to block"
+    "Remember from block to block which recipes can be trusted"
     def __init__(self, budget:Budget):
-        self.made = self.checked = self.differed = 0 # bytes; checks; those that found other bits
+        self.made = self.checked = self.differed = 0 # bytes; checks; checks that found other bits
         self.good,self.bad = set(),set()    # looks of recipes
-        self.passed = set()                 # in the block at hand; those that passed all checks are good in the next
-        self.moves = budget.value is not None # else nothing is copied
+        self.passed = set()                 # looks that passed a check in this block; good in the next if none failed
+        self.moves = budget.value is not None # without a budget nothing is copied
 
     def check(self, looks:set, is_same:bool):
-        "Take note of a check"
+        "Note the result of a check"
         self.checked += 1
         self.differed += not is_same
         (self.passed if is_same else self.bad).update(looks)
 
     def end_block(self):
-        "Trust what has passed all checks"
+        "Trust the recipes that passed all checks"
         self.good |= self.passed - self.bad
         self.good -= self.bad
         self.passed.clear()
@@ -56,9 +56,9 @@ def _bytes_at(st:torch.UntypedStorage, i:int, n:int) -> torch.Tensor:
 
 def have_same_bits(
     a:torch.UntypedStorage,
-    b:torch.UntypedStorage, # Of the same size, on any device
+    b:torch.UntypedStorage, # Same size, any device
 ) -> bool:
-    "Tell whether two storages have the same bits. Without memory they have"
+    "Tell whether two storages have the same bits. Storages without memory always do"
     if a.device.type == 'meta': return True
     n = a.nbytes()
     with torch._C._DisableTorchDispatch():
@@ -67,12 +67,12 @@ def have_same_bits(
 
 # %% ../nbs/12e_making.ipynb #6374471e
 class Maker:
-    "Make values again"
+    "Make values again in storages"
     def __init__(self, mover:Mover, remakes:Remakes):
         self.mover,self.ledger,self.remakes = mover,mover.ledger,remakes
 
     def fill(self, rec:Record, st:torch.UntypedStorage):
-        "Make what `rec` holds into its storage `st`"
+        "Make the content of `rec` in its storage `st`"
         with self._extra(rec.nbytes): self.make(rec.value, st)
 
     def make(self, value:Value, st:torch.UntypedStorage):
@@ -86,7 +86,7 @@ class Maker:
 
     @contextmanager
     def _extra(self, n:int):
-        "Within, `n` more bytes are on the device"
+        "Count `n` more bytes on the device within the context"
         before = self.ledger.extra
         self.ledger.extra += n
         try: yield
@@ -94,7 +94,7 @@ class Maker:
 
     @contextmanager
     def _storages(self, call:Call): # Storages by value
-        "Within, all that `call` reads is there"
+        "Keep all that `call` reads on the device within the context"
         values = {p.value for p in call.parts() if p.value is not None}
         recs = [o.rec for o in values if o.is_there]
         reads.hold(recs, 1)
@@ -105,12 +105,12 @@ class Maker:
         finally: reads.hold(recs, -1)
 
     def _storage_of(self, value:Value) -> torch.UntypedStorage:
-        "Have `value` on the device"
+        "Bring `value` back to the device, or make it again"
         if value.is_there:
             if value.rec.away: self.mover.make_room(value.rec.nbytes)
             self.ledger.bring_back(value.rec)
             return value.rec()
-        if not value.calls: raise LookupError('What a dropped storage is made from is gone')
+        if not value.calls: raise LookupError('A source of a dropped storage is gone')
         self.ledger.extra += value.rec.nbytes
         self.mover.make_room(0)
         st = self.ledger.attempt(partial(_new_storage, value.rec.nbytes, self.ledger.device))

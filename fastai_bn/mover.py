@@ -1,8 +1,8 @@
-"""Who leaves for an operation, and who returns ahead of time
+"""Which storages leave for an operation, and which return ahead of time
 
 Around every operation the pager (`fastai_bn.paging`) has storages return and leave. An `Operation`
-(`fastai_bn.operations`) knows what is used, written to and made. The `Mover` follows a schedule, brings back what is
-used all the same, and lets others leave where room is needed.
+(`fastai_bn.operations`) knows which storages it uses, writes to and makes. The `Mover` follows a schedule. If an
+operation uses a storage that is still away, the mover brings it back, and where room is needed it lets others leave.
 
 You need this page to understand or to change when the pager moves something. To use it you do not.
 
@@ -25,17 +25,17 @@ from .storages import is_movable, Ledger, Record
 __all__ = []
 
 # %% ../nbs/12a_mover.ipynb #b55ceaaf
-IDLE = 32 # operations after which a storage was not used for long
+IDLE = 32 # a storage is idle after this many operations without a use
 
 class Mover:
     "Have storages leave and return"
     def __init__(self, ledger:Ledger, schedule:Schedule|None=None):
         self.ledger,self.forecast,self.schedule = ledger,ledger.forecast,schedule
-        self.used = []  # by the operation at hand
+        self.used = []  # storages that the present operation uses
         self.due = [] if schedule is None else sorted(schedule.moves, reverse=True)  # steps with moves, the next last
 
     def bring(self, op:Operation, growth:int|None):
-        "Bring back what `op` uses, and make room for it and for `growth` bytes (None: the step before made it)"
+        "Bring back what `op` uses, and make room for that and `growth` bytes (None: the step before made room)"
         self.used = op.used
         if op.changed: self.ledger.transport.before(op)
         if self.due and self.due[-1] < self.forecast.at: self._catch_up()
@@ -44,24 +44,24 @@ class Mover:
         if late or op.written: self._settle(late, op.written)
 
     def _settle(self, late:list[Record], written:list[Record]):
-        "Wait for copies under way, and drop those that will not be valid any longer"
+        "Wait for copies under way, and drop copies that `written` will make invalid"
         copies = self.ledger.copies
         for rec in late: rec.wait_for_copy(copies)
         for rec in written:
             if rec.host is not None: rec.drop_copy(copies)
 
     def _catch_up(self):
-        "Do what is scheduled until now, as far as things are as they were foreseen"
+        "Do all moves that are scheduled until now, as far as the block follows the forecast"
         moves,at = self.schedule.moves,self.forecast.at
         while self.due and self.due[-1] < at: self._move(moves[self.due.pop()])
 
     def _move(self, moves:Moves):
-        "Do what is scheduled for a step"
+        "Do the moves that are scheduled for a step"
         ledger = self.ledger
         if ledger.limit is None: return
         for rec in self._found(moves.copy): self._copy_out(rec)
         for rec in self._found(moves.leave): self._let_leave(rec)
-        with suppress(torch.OutOfMemoryError):  # nobody waits for these yet
+        with suppress(torch.OutOfMemoryError):  # no operation waits for these yet
             for rec in self._found(moves.load):
                 if ledger.resident + rec.nbytes <= ledger.limit: ledger.load(rec)
 
@@ -81,13 +81,13 @@ class Mover:
             rec.copy_out(self.ledger.copies, st)
 
     def _load_for(self, op:Operation, growth:int, late:list[Record]):
-        "Bring back what is away, where there is room or others leave"
+        "Bring back what is away, and let other storages leave if there is no room"
         away = self._make_again(late) if late else late
         if growth or away or op.takes(): self.make_room(growth + sum([rec.nbytes for rec in away]))
         for rec in away: self.ledger.load(rec)
 
-    def _make_again(self, recs:list[Record]) -> list[Record]: # Those that are still away
-        "Make again those of `recs` that are to be"
+    def _make_again(self, recs:list[Record]) -> list[Record]: # The records that are still away
+        "Make again those of `recs` that were dropped or have to be checked"
         for rec in recs:
             if not self.ledger.transport.is_made(rec): continue
             self.make_room(rec.nbytes)
@@ -95,7 +95,7 @@ class Mover:
         return [rec for rec in recs if rec.away]
 
     def make_room(self, n:int):
-        "Let storages leave until `n` more bytes fit, or nobody is left"
+        "Let storages leave until `n` more bytes fit, or none is left"
         ledger = self.ledger
         n += ledger.extra
         if ledger.limit is None or ledger.resident + n <= ledger.limit: return
@@ -104,18 +104,18 @@ class Mover:
             if ledger.resident + n <= ledger.limit: return
 
     def let_all_leave(self):
-        "Let all leave that may"
+        "Let all storages leave that may"
         for rec in self.victims(): self.ledger.evict(rec)
 
     def victims(self) -> list[Record]:
-        "Sort who may leave, first to leave first: all but what the operation at hand uses, and what is being read"
+        "List the storages that may leave, first to leave first: all that neither the operation nor a reader uses"
         recs = [rec for rec in self.ledger.those_here() if rec.last != self.ledger.now and not rec.holds]
         if self.forecast.before is None: return sorted(recs, key=lambda rec: rec.last)  # least recently used
         is_cheap,next_use = self.ledger.transport.is_cheap,self.forecast.next_use
         return sorted(recs, key=lambda rec: (is_cheap(rec), next_use(rec.label)), reverse=True)
 
     def let_idle_leave(self):
-        "Let leave what was not used for long"
+        "Let idle storages leave"
         if self.ledger.now%(IDLE//4): return
         for rec in self.victims():
             if self.ledger.now-rec.last < IDLE: return
@@ -123,10 +123,10 @@ class Mover:
 
 # %% ../nbs/12a_mover.ipynb #2d7c76c8
 def return_all(
-    ledger:Ledger,  # Of a block that ends
-    is_failed:bool=False, # With an error? That one goes on, and its activations with it
+    ledger:Ledger,  # The ledger of a block that ends
+    is_failed:bool=False, # Did the block raise an error? Then activations may be lost
 ):
-    "Bring everything back and let go of it. Raises `RuntimeError` if there is no room on the device"
+    "Bring every storage back and forget it. Raises `RuntimeError` if there is no room on the device"
     lost,error = [],None
     try: lost,error = _load_all(ledger)
     finally: _let_go(ledger)
@@ -137,14 +137,14 @@ def return_all(
     if error is not None and not isinstance(error, Exception): raise error
 
 # %% ../nbs/12a_mover.ipynb #45864a70
-def _load_all(ledger:Ledger) -> tuple[list[Record],BaseException|None]: # Who is still away, and why
-    "Bring back all that is alive, in two tries"
+def _load_all(ledger:Ledger) -> tuple[list[Record],BaseException|None]: # The records that are still away, and why
+    "Bring back all storages that are alive, in two tries"
     error = None
     for _ in range(2):
         away = [rec for rec in list(ledger.recs.values()) if rec.away and rec() is not None]
         for rec in away:
             try: ledger.load(rec)
-            except BaseException as e: error = e.with_traceback(None)  # which would keep alive what is in its frames
+            except BaseException as e: error = e.with_traceback(None)  # the frames would keep their tensors alive
     return [rec for rec in away if rec.away],error
 
 def _let_go(ledger:Ledger):

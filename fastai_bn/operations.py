@@ -1,10 +1,10 @@
-"""What an operation uses, writes to and makes
+"""Find the storages that an operation uses, writes to and makes
 
-The pager (`fastai_bn.paging`) sees every operation. Its schema says which arguments are tensors and which of them it
-writes to; the storages behind them are what has to be on the device. What it returns is counted.
+The pager (`fastai_bn.paging`) sees every operation. The operation's schema says which arguments are tensors, and which
+of them it writes to. Their storages have to be on the device. The pager counts what the operation returns.
 
-This runs for each operation, some hundred thousand times an hour, in Python: so it is written to take few steps. You
-need this page to understand or to change it. To use the pager you do not.
+This code runs for each operation, some hundred thousand times an hour, in Python, so it is written to take few steps.
+You need this page to understand or to change it. To use the pager you do not.
 
 Docs: the notebook nbs/12h_operations.ipynb"""
 
@@ -29,20 +29,20 @@ __all__ = []
 def tensors_in(
     o, # A tensor, a storage, or nested lists of them
 ) -> list[Tensor|torch.UntypedStorage]:
-    "List the tensors in `o`, and the storages, which `set_` takes"
+    "List the tensors in `o`, and the storages (`set_` takes storages)"
     if isinstance(o, (tuple, list)): return [t for p in o for t in ((p,) if type(p) is Tensor else tensors_in(p))]
     return [o] if isinstance(o, (Tensor, torch.UntypedStorage)) else []
 
 # %% ../nbs/12h_operations.ipynb #af10cf15
-READ,WRITE = 1,2 # What is done to an argument; 0: it has no memory
+READ,WRITE = 1,2 # How an operation treats an argument; 0: no memory
 
 class Signature:
-    "What the schema of an operator says, once and for all calls"
+    "Read the schema of an operator once for all calls"
     def __init__(self, func):
         self.func,self.takes = func,allocates(func)
-        self.is_known = isinstance(func, torch._ops.OpOverload)  # else it may read and write anything
+        self.is_known = isinstance(func, torch._ops.OpOverload)  # otherwise it may read and write anything
         self.is_collective = 'c10d' in getattr(func, 'namespace', '')
-        # What asks a fake tensor for its device is no operation
+        # A query of a fake tensor's device is not an operation
         self.is_query = getattr(func, 'namespace', '') == 'prim'
         arguments = func._schema.arguments if self.is_known else ()
         self.kinds = {a.name:self._kind(a) for a in arguments}
@@ -51,25 +51,25 @@ class Signature:
         places = [self.kinds[a.name] for a in arguments if not a.kwarg_only]
         self.tensors = _picker([i for i,kind in enumerate(places) if kind])
         self.targets = _picker([i for i,kind in enumerate(places) if kind == WRITE])
-        # BN that does not train only reads its running statistics
+        # BN in evaluation mode only reads its running statistics
         names = list(self.kinds)
         found = [names.index(k) for k in ('training','train') if k in names and 'running_mean' in names]
         self.train = found[0] if found else None
 
     def _kind(self, a) -> int:
-        "Tell what is done to an argument"
+        "Tell how the operator treats an argument"
         if 'Tensor' not in str(a.type) and 'Storage' not in str(a.type): return 0
         is_write = a.alias_info is not None and a.alias_info.is_write
         return WRITE if is_write or self.is_collective or a.name.startswith('running_') else READ
 
     def written(self, args:tuple, kwargs:dict) -> list[Tensor|torch.UntypedStorage]:
-        "List what a call writes to"
+        "List the tensors and storages that a call writes to"
         if self.train is not None and not args[self.train]: return []
         found = tensors_in(self.targets(args))
         return found + tensors_in([o for k,o in kwargs.items() if self.kinds.get(k) == WRITE]) if kwargs else found
 
 def _picker(places:list[int]):
-    "Make what takes some arguments out of all. There may be fewer than the schema says"
+    "Make a function that picks some of all arguments. A call may have fewer arguments than the schema"
     last = max(places, default=-1)
     if places == list(range(last+1)): return itemgetter(slice(last+1))
     pick = itemgetter(*places) if len(places) > 1 else itemgetter(slice(last, last+1))
@@ -90,12 +90,12 @@ def _labels_of(recs:list[Record]) -> tuple[int,...]:
     return tuple([o for o in labels if o >= 0]) if -1 in labels else labels
 
 class Arguments:
-    "The storages that an operation uses and writes to"
-    written = changed = ()  # records: what it writes to; what of that others are made from
-    has_new = False                # is there a storage among the arguments that nobody met before?
+    "Find the storages that an operation uses and writes to"
+    written = changed = ()  # records that it writes to; of these, records with a value
+    has_new = False                # is a storage among the arguments new?
     def __init__(self, ledger:Ledger, sign:Signature, args:tuple, kwargs:dict):
         ledger.now = now = ledger.now+1
-        self.ledger,self.signature,self.used,self.nbytes = ledger,sign,[],0  # none is foreign; bytes used and made
+        self.ledger,self.signature,self.used,self.nbytes = ledger,sign,[],0  # none used is foreign; bytes used and made
         recs,used = ledger.recs,self.used
         for t in sign.tensors(args):
             if t is None: continue
@@ -113,7 +113,7 @@ class Arguments:
         self.labels = _labels_of(used)
 
     def _look_closer(self, args:tuple, kwargs:dict):
-        "Enter what is written to, and arguments by name"
+        "Enter arguments by name, and what the operation writes to"
         sign,ledger = self.signature,self.ledger
         if not sign.is_known: return self._use_all(args, kwargs)
         for k,o in kwargs.items():
@@ -127,14 +127,14 @@ class Arguments:
     def func(self): return self.signature.func
 
     def _enter(self, rec:Record):
-        "Take note of `rec`, which is used"
+        "Enter `rec`, which the operation uses"
         if rec.last == self.ledger.now or rec.foreign: return
         rec.last = self.ledger.now
         self.used.append(rec)
         self.nbytes += rec.nbytes
 
     def _use(self, o):
-        "Enter an argument of any sort"
+        "Enter an argument of any type"
         n = len(self.ledger.labels)
         for t in tensors_in(o):
             recs = self._records(t)
@@ -143,18 +143,18 @@ class Arguments:
         if len(self.ledger.labels) > n: self.has_new = True
 
     def _disown(self, p:nn.Parameter, recs:list[Record]):
-        "Count a parameter no longer, now that it is known as one"
+        "Stop counting a parameter, once it is known as one"
         if all([rec.foreign for rec in recs]): return
         self.ledger.model.note_param(p)
         for rec in recs: self.ledger.disown(rec)
 
     def _records(self, t:Tensor|torch.UntypedStorage) -> list[Record]:
-        "List the records behind `t`. Sparse tensors have no storage of their own, and their parts stay where they are"
+        "List the records behind `t`. Sparse tensors have no storage, and their parts stay where they are"
         try: return [self.ledger.find(t)]
         except NotImplementedError: return [self.ledger.pin(self.ledger.find(p)) for p in plain(t)]
 
     def _use_all(self, args:tuple, kwargs:dict):
-        "Enter what an operation without a schema, or with closures, may read and write: anything"
+        "Enter everything: an operation with closures or without a schema may read and write anything"
         self._use(list(tree_iter((args, kwargs))))
         recs = list(self.ledger.recs.values())
         for rec in recs:
@@ -163,32 +163,32 @@ class Arguments:
 
     @property
     def writes(self) -> tuple[int,...]:
-        "List the labels of what it writes to"
+        "List the labels of the storages that the operation writes to"
         return _labels_of(self.written) if self.written else ()
 
 # %% ../nbs/12h_operations.ipynb #0b0c58f6
 class Operation(Arguments):
-    "An operation, and the storages that it uses, writes to and makes"
+    "Know the storages that an operation uses, writes to and makes"
     made = ()  # records
 
     def takes(self) -> bool:
-        "Does it need room beside what is there?"
+        "Tell whether it may need more room on the device"
         return self.signature.takes or self.has_new
 
     def count(self, out):
-        "Count what has been made"
+        "Count the storages that the operation made"
         ledger,forecast = self.ledger,self.ledger.forecast
         for rec in self.written: self._resized(rec)
         if self.signature.takes:
             for t in (out,) if type(out) is Tensor else tensors_in(out):
                 try: self._make(ledger.find_made(t))
                 except NotImplementedError: self._make(*self._records(t))
-        if self.signature.is_collective:  # it may still be at work on them
+        if self.signature.is_collective:  # it may still work on them
             for rec in (*self.used, *self.made): ledger.pin(rec)
         if not forecast.exact: forecast.grow(ledger.resident+ledger.absent)
 
     def _make(self, *recs:Record):
-        "Enter what is behind an output"
+        "Enter the records behind an output"
         for rec in recs:
             if rec.last == self.ledger.now or rec.foreign: continue
             rec.last = self.ledger.now
@@ -196,7 +196,7 @@ class Operation(Arguments):
             self.nbytes += rec.nbytes
 
     def _resized(self, rec:Record):
-        "Count anew what has another size now, by `resize_` or as an `out=` that was too small"
+        "Count `rec` anew if its size has changed, by `resize_` or as an `out=` that was too small"
         if rec.foreign or (st := rec()) is None or st.nbytes() == rec.nbytes: return
         self.ledger.uncount(rec)
         self.ledger.here.pop(rec.label, None)
@@ -204,6 +204,6 @@ class Operation(Arguments):
         self._make(self.ledger.add(st))
 
     def need(self) -> int: # Bytes
-        "Tell the smallest budget under which it can run"
+        "Tell the smallest budget under which the operation can run"
         recs = *self.used,*self.made
         return self.ledger.pinned + sum([rec.nbytes for rec in recs if not (rec.pinned or rec.foreign)])

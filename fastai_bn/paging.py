@@ -1,26 +1,27 @@
 """`ActivationPager`: any model within a fixed amount of device memory, bit for bit the same
 
 A large batch needs a lot of memory because every activation waits on the device for the backward pass. At any moment
-the device works on a few of them. `ActivationPager` sees every operation of forward and backward and lets what is not
-in use wait in host memory:
+the device works on only a few of them. `ActivationPager` sees every operation of the forward and the backward pass. It
+moves the tensors that are not in use to host memory:
 
 ```python
 pager = ActivationPager('auto')      # or a number: '6GiB'
-with pager:                          # in each window the same pager: it learns
+with pager:                          # use the same pager for every window: it learns
     loss = loss_func(model(xb), yb)
     loss.backward()
 ```
 
-With `'auto'` nothing moves while the device has room, and when it has none left, that costs time and nothing else. With
-a number the pager keeps to it. Nothing is approximated: the same kernels run on the same bytes, so the gradients are
-*equal*, at any budget. What costs less so, as BN and ReLU do, is dropped and made again; the rest is copied, and that
-is the price. The floor is the largest single operation, whose tensors have to be there together (`MicroBatched` goes
-below it, exact to rounding).
+With `'auto'` the pager moves nothing while the device has room. Once memory runs out, windows take longer, and nothing
+else changes. With a number the pager keeps within that budget. The pager approximates nothing: the same kernels run on
+the same bytes, so the gradients are *equal* at any budget. It drops what is cheap to compute, such as the outputs of BN
+and ReLU, and makes it again. It copies the rest, and the copies take time. No budget goes below the largest single
+operation, whose tensors must be on the device together (`MicroBatched` goes below it, exact to rounding).
 
-With `ActivationPager(None, remake=True)` nothing is copied: what can be made again is, which takes about half of the
-memory off a ResNet or a U-Net.
+With `ActivationPager(None, remake=True)` the pager copies nothing, and makes again all that it can. A ResNet or a U-Net
+then takes about half of the memory.
 
-**Use it** when the batch you need does not fit. **Do without** if it fits, or where a smaller batch serves as well.
+**Use it** when the batch you need does not fit. **Do without it** if the batch fits, or if a smaller batch serves as
+well.
 
 Docs: the notebook nbs/13_paging.ipynb"""
 
@@ -65,28 +66,28 @@ _keys = torch._C._ForceDispatchKeyGuard
 
 @cache
 def _has_wrapper(kinds:tuple[type,...]) -> bool:
-    "Does one of these kinds of tensors take operations apart? A fake one does too, but it is a storage without memory"
+    "Tell whether a tensor type takes operations apart itself. A fake tensor counts as a storage without memory"
     return any([o.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not issubclass(o, FakeTensor) for o in kinds])
 
 def _refuse_mutation():
     "Raise `RuntimeError` within `allow_mutation_on_saved_tensors`"
     raise RuntimeError(
-        "torch.autograd.graph.allow_mutation_on_saved_tensors knows tensors by their address, which changes when an "
-        "ActivationPager moves them. Use one or the other")
+        "torch.autograd.graph.allow_mutation_on_saved_tensors identifies tensors by their address, and an "
+        "ActivationPager changes that address. Use only one of the two")
 
 # %% ../nbs/13_paging.ipynb #c76ad3fb
 def _modes(kind) -> list:
-    "List the dispatch modes of a kind that are active"
+    "List the active dispatch modes of type `kind`"
     return [o for o in _get_current_dispatch_mode_stack() if isinstance(o, kind)]
 
 def _refuse_others(block):
-    "Raise `RuntimeError` where `block` or another pager's is open, and within `allow_mutation_on_saved_tensors`"
+    "Raise `RuntimeError` if `block` or another pager's block is open, or within `allow_mutation_on_saved_tensors`"
     if graph._allow_mutation_on_saved_tensors_enabled: _refuse_mutation()
     if block is not None or _modes(ActivationPager): raise RuntimeError(
         "An ActivationPager is active already, and two cannot share a device. Leave its block before you enter another")
 
 class _OpenBlock:
-    "What the pager knows from the beginning of a `with` block to its end"
+    "Hold the pager's knowledge from the beginning of a `with` block to its end"
     def __init__(self, copies:Copies, budget:Budget, before:Order|None, schedule:Schedule|None,
                  limit:LearnedLimit|None, remakes:Remakes|None):
         self.forecast = Forecast(before)
@@ -101,19 +102,19 @@ class _OpenBlock:
         self.ledger.attempt = self.refusals.attempt
 
     def open(self):
-        "Begin to see calls of modules, and reads past all modes"
+        "Begin to see calls of modules, and reads that bypass all dispatch modes"
         self.hook = register_module_forward_pre_hook(self.ledger.model.note_call)
         reads.open(self)
         if self.refusals is not None: self.refusals.others = bool(_modes(TorchDispatchMode))
         if _modes(FakeTensorMode): self.ledger.use_device(torch.device('meta'))
 
-    def run(self, func, sign:Signature, args:tuple, kwargs:dict): # The operation with its records; what it returned
-        "Run an operation: all that it uses is there, and all that it makes is counted"
+    def run(self, func, sign:Signature, args:tuple, kwargs:dict): # The operation with its records, and its result
+        "Run an operation: bring back all that it uses, and count all that it makes"
         ledger = self.ledger
         op = Operation(ledger, sign, args, kwargs)
         growth = self.forecast.follow(func, op.labels, op.writes, ledger.resident+ledger.absent)
         if self.moves: self.mover.bring(op, growth)
-        # Below a dispatch mode, lazy conjugates, negatives and zeros are to be what they are without one
+        # Kernels have to see lazy conjugates, negatives and zeros as they do without a dispatch mode
         with _keys(_included(), _excluded()-_LAZY):
             if self.refusals is None: out = self._call(func, args, kwargs)
             else: out = self.refusals.run(self._call, func, args, kwargs)
@@ -122,7 +123,7 @@ class _OpenBlock:
         return op,out
 
     def _call(self, func, args:tuple, kwargs:dict):
-        "The operation itself. It may run others"
+        "Call the operation itself, which may run others"
         before,self.running = self.running,True
         try: return func(*args, **kwargs)
         finally: self.running = before
@@ -133,10 +134,10 @@ class _OpenBlock:
             for rec in records_of(trees, self.ledger.find): self.ledger.pin(rec)
 
     def close(self, is_failed:bool):
-        "Bring everything back and let go of it. In a block that `is_failed`, what does not fit is lost"
+        "Bring every storage back and forget it. If the block `is_failed`, storages that do not fit are lost"
         if self.hook is not None: self.hook.remove()
         if self.refusals is not None: self.refusals.close()
-        # Nobody leaves any more, not even for what is made again
+        # From here on evict nothing, not even to make a storage again
         limit,self.ledger.limit = self.ledger.limit,None
         try: return_all(self.ledger, is_failed)
         finally:
@@ -145,47 +146,49 @@ class _OpenBlock:
 
 # %% ../nbs/13_paging.ipynb #fe76653c
 class _Counts:
-    "What a pager counts, of all blocks together"
+    "Count what a pager did in all its blocks"
     sees_all = False # Does `account` have to see each operation?
 
     def account(self, ledger:Ledger, op:Operation, trees):
-        "Take note of what an operation needed, if that is news; with `sees_all` after each, for those who extend it"
+        "Note the need of an operation that sets a new maximum. A subclass with `sees_all` gets every operation"
         self.peak = max(self.peak, ledger.resident)
         need = op.need()
         if need > self.need: self.need,self.need_op = need,op.func
         if self._learned is not None and need > ledger.floor: self._learned.need(ledger, need)
         elif ledger.limit is not None and need > ledger.limit: self._warnings.note(ledger, need, trees)
 
-    moved = property(lambda self: self._copies.moved, doc="Bytes that were copied, out and in")
+    moved = property(lambda self: self._copies.moved, doc="Bytes copied, out and in")
     host_peak = property(lambda self: self._copies.peak, doc="Highest number of bytes in host memory at once")
     refused = property(lambda self: getattr(self._learned, 'refused', 0),
         doc="How often the device refused memory, with 'auto'")
-    remade = property(lambda self: getattr(self._remakes, 'made', 0), doc="Bytes that were made again, not moved")
-    checked = property(lambda self: getattr(self._remakes, 'checked', 0), doc="How often that was compared with a copy")
+    remade = property(lambda self: getattr(self._remakes, 'made', 0), doc="Bytes made again instead of copied")
+    checked = property(lambda self: getattr(self._remakes, 'checked', 0),
+        doc="How often a storage made again was compared with a copy")
     differed = property(lambda self: getattr(self._remakes, 'differed', 0),
-        doc="How often the bits were others. Such things are copied from then on")
+        doc="How often the bits differed. The pager copies such storages from then on")
 
 # %% ../nbs/13_paging.ipynb #28b6c2f8
 class ActivationPager(_Counts, TorchDispatchMode):
-    """Keep the activations of any forward and backward within a budget of device memory, with the same bits as result.
+    """Keep the activations of any forward and backward pass within a budget of device memory, with bit-equal results.
 
-    What costs less so is made again instead of moved (`remake`); without a budget that saves memory and moves nothing.
-    Peak memory can exceed a budget in bytes by one operation's output. With 'auto' it is what the device has.
-    Raises `ValueError` if `budget` is not valid, `RuntimeError` within another pager or PyTorch's
-    `allow_mutation_on_saved_tensors`, and if what returns at the end of the block does not fit on the device.
+    With `remake` the pager makes storages again where that is cheaper than a copy; without a budget it copies nothing.
+    Peak memory can exceed a budget in bytes by one operation's output. With 'auto' the budget is what the device has.
+    Raises `ValueError` if `budget` is not valid.
+    Raises `RuntimeError` within another pager or PyTorch's `allow_mutation_on_saved_tensors`.
+    Raises `RuntimeError` if a storage that returns at the end of the block does not fit on the device.
     Raises `MemoryError` if there is no room on the host; nothing is lost."""
     supports_higher_order_operators = True
     def __init__(self,
         budget:int|float|str|None, # Bytes (`2**30`, '6GiB'), a share of what is free, 'auto', None: only count
-        remake:bool|None=None,     # Make again what costs less so? None: where there is a budget; True: without, too
+        remake:bool|None=None,     # Make storages again if cheaper? None: with a budget; True: without one, too
         *,
-        copies:Copies|None=None,   # Who copies; None: this machine, and not a virtual device
+        copies:Copies|None=None,   # Makes the copies; None: on this machine, not on a virtual device
     ):
         super().__init__()
         if remake not in (None, True, False): raise ValueError(
-            f"`remake` must be None, True or False, got {remake!r}. None: where a budget is given")
+            f"`remake` must be None, True or False, got {remake!r}. None makes storages again if there is a budget")
         self.budget,self.order,self.limit = budget,None,None  # what the last block did; its limit, given or learned
-        self.peak,self.need,self.need_op = 0,0,None  # bytes on the device, at most; of the most demanding operation
+        self.peak,self.need,self.need_op = 0,0,None  # most bytes on the device; the most demanding operation
         self._budget,self._copies,self._block,self._warnings = Budget(budget),copies or Copies(),None,Warnings()
         self.remake = self._budget.value is not None if remake is None else remake
         self._remakes = Remakes(self._budget) if self.remake else None
@@ -209,7 +212,7 @@ class ActivationPager(_Counts, TorchDispatchMode):
         if exc[0] is None: self._learn(block)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # A wrapper subclass takes itself apart, and what it does with the tensors inside comes here
+        # A wrapper subclass takes itself apart; its operations on the tensors inside come here
         if _has_wrapper(tuple(types)): return NotImplemented
         sign = signature(func)
         if sign.is_query: return func(*args, **(kwargs or {}))
@@ -224,7 +227,7 @@ class ActivationPager(_Counts, TorchDispatchMode):
             return out
 
     def _close(self, is_failed:bool) -> _OpenBlock:
-        "Leave nothing behind. After an interrupt it is called again"
+        "Close the block and leave nothing behind. After an interrupt this is called again"
         block = self._block
         if block is not None:
             block.close(is_failed)
@@ -233,7 +236,7 @@ class ActivationPager(_Counts, TorchDispatchMode):
         return block
 
     def _learn(self, block:_OpenBlock):
-        "Make the block just closed the forecast for the next one; say once what went wrong in it"
+        "Take the block just closed as the forecast for the next one, and warn once of what went wrong in it"
         self.order = block.forecast.learned()
         if self._learned is not None: self.limit = self._learned.end_block(block.ledger, self.order)
         if self._remakes is not None: self._remakes.end_block()
@@ -242,7 +245,7 @@ class ActivationPager(_Counts, TorchDispatchMode):
 
     def _plan(self, device):
         "Make the schedule of the next block"
-        saves = self.remake and self._budget.value is None  # then the limit is one that we find
+        saves = self.remake and self._budget.value is None  # then the schedule finds the limit
         limit = None if saves else self.limit
         if limit is None and not saves: self._schedule = None
         elif self._schedule is None or not self._schedule.is_for(self.order, limit):
@@ -254,11 +257,11 @@ class ActivationPager(_Counts, TorchDispatchMode):
     def pin(self,
         *trees, # Tensors, also within tuples, lists and dicts
     ):
-        "Keep tensors on the device until the block ends, for reads that are no operation. Outside a block: do nothing"
+        "Keep tensors on the device until the block ends, for reads that bypass operations. Outside a block: do nothing"
         if self._block is not None: self._block.pin(trees)
 
     def note_call(self,
-        model:nn.Module, # What is being called
+        model:nn.Module, # The module being called
     ):
         "Note a call of `model` that came before the block: its parameters are not moved. Outside a block: do nothing"
         if self._block is not None: self._block.ledger.model.note_call(model, ())

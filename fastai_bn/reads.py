@@ -1,7 +1,7 @@
-"""`print(t)` is no operation: what reads a tensor's memory directly brings the tensor back first
+"""`print(t)` is not an operation: a direct read of a tensor's memory brings the tensor back first
 
-The pager (`fastai_bn.paging`) sees every operation of PyTorch's. But some methods of tensors read memory without one.
-While a block is open this module replaces them by methods that bring their tensor back.
+The pager (`fastai_bn.paging`) sees every PyTorch operation. But some methods of tensors read memory without an
+operation. While a block is open, this module replaces these methods by others that bring their tensor back first.
 
 You need this page to understand or to change how the pager deals with such reads. To use it you do not.
 
@@ -32,36 +32,36 @@ def _unwrapped(t:Tensor) -> Tensor:
 
 def records_of(
     trees,   # Tensors, also within tuples, lists and dicts
-    look_up, # From a tensor to its record, or None
+    look_up, # Function from a tensor to its record, or None
 ) -> list[Record]:
-    "List what `look_up` knows of the storages of all tensors in `trees`"
+    "List the records that `look_up` finds for the storages of all tensors in `trees`"
     with torch._C.DisableTorchFunctionSubclass():
         tensors = [plain(_unwrapped(t)) for t in tree_iter(trees) if isinstance(t, Tensor)]
         recs = [look_up(t) for parts in tensors for t in parts]
         return [rec for rec in recs if rec is not None]
 
 # %% ../nbs/12b_reads.ipynb #4202d73e
-# The methods; does somebody have the memory afterwards? (Copying, pickling and sharing go through the last.)
+# The methods, and whether the caller keeps the memory. (Copying, pickling and sharing go through the last.)
 _STAYS = dict(__repr__=False, tolist=False, numpy=True, data_ptr=True, __dlpack__=True, _typed_storage=True)
 
 class Reads:
-    "While a block is open, in any thread, the methods in `_STAYS` bring their tensor back first"
+    "Make the methods in `_STAYS` bring their tensor back first while a block is open, in any thread"
     def __init__(self):
         self.blocks,self.lock = [],threading.RLock()
-        self.ours,self.before = {},{}  # what stands in Tensor's place, and what was there
+        self.ours,self.before = {},{}  # our methods of Tensor, and the methods that they replace
 
     def open(self, block):
-        "Take in `block`"
+        "Begin to serve `block`"
         with self.lock:
             self.blocks.append(block)
             for k,stays in _STAYS.items():
                 if k in self.ours: continue
-                self.before[k] = vars(Tensor).get(k)  # None: it is inherited
+                self.before[k] = vars(Tensor).get(k)  # None: inherited
                 self.ours[k] = self.reader(getattr(Tensor, k), stays)
                 setattr(Tensor, k, self.ours[k])
 
     def close(self, block):
-        "Let go of `block`. A second call does no harm"
+        "Stop serving `block`. A second call does no harm"
         with self.lock:
             if block in self.blocks: self.blocks.remove(block)
             if not self.blocks: self._put_back()
@@ -69,18 +69,18 @@ class Reads:
     def _put_back(self):
         "Put back Tensor's own methods"
         for k,f in self.ours.items():
-            if vars(Tensor).get(k) is not f: continue  # somebody else's
+            if vars(Tensor).get(k) is not f: continue  # other code has replaced it
             if self.before[k] is None: delattr(Tensor, k)
             else: setattr(Tensor, k, self.before[k])
         self.ours,self.before = {},{}
 
     def hold(self, recs:list[Record], n:int):
-        "Take note of `n` more readers of each"
+        "Count `n` more readers of each record"
         with self.lock:
             for rec in recs: rec.holds += n
 
     def reader(self, method, stays:bool):
-        "Make of `method` one whose tensor is there"
+        "Wrap `method` so that its tensor is on the device"
         @wraps(method)
         def read(t, *args, **kwargs):
             with ExitStack() as stack:
@@ -93,8 +93,8 @@ reads = Reads()
 # %% ../nbs/12b_reads.ipynb #2b3e817d
 @contextmanager
 def _there(block, t:Tensor, stays:bool):
-    "Within, `t` is there; if it `stays`, until `block` ends"
-    # What the block has not met is not away
+    "Keep `t` on the device within the context; if it `stays`, until `block` ends"
+    # A storage without a record is not away
     recs = records_of(t, lambda o: known(block.ledger, o.untyped_storage()))
     if not recs:
         yield
@@ -109,7 +109,7 @@ def _there(block, t:Tensor, stays:bool):
 
 # %% ../nbs/12b_reads.ipynb #5ddebda3
 def _lock_for(block, recs:list[Record]) -> bool:
-    "Wait for the lock of `block`. False where an operation runs and `recs` are there"
+    "Wait for the lock of `block`. Return False if an operation runs and no record is away"
     while not block.lock.acquire(timeout=.01):
         if block.running and not any([rec.away for rec in recs]): return False
     return True

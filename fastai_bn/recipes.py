@@ -1,9 +1,9 @@
-"""How the content of a storage came about, written down so that the same calls make it again
+"""Record how the content of a storage came about, so that the same calls make it again
 
-Much of what waits for the backward pass can be made again from what is there anyway: the output of BN and ReLU from the
-convolution's output, a sum from its parts. This module tells which operations are cheap and come out the same each
-time, and writes down their calls as they happen. A `Value` is what a storage holds until somebody writes to it, with
-the calls that made it.
+Many storages that wait for the backward pass can be made again from storages that are there anyway: the output of BN
+and ReLU from the convolution's output, a sum from its parts. This module tells which operations are cheap and give the
+same result each time, and records their calls as they happen. A `Value` is the content of a storage until an operation
+writes to it, with the calls that made it.
 
 You need this page to understand or to change what can be made again. To use the pager you do not.
 
@@ -41,7 +41,7 @@ def name_of(func) -> str: return func._schema.name.removeprefix('aten::')
 def is_cheap(
     func, # An operator
 ) -> bool:
-    "Tell whether `func` is a candidate"
+    "Tell whether `func` is a candidate for making again"
     if not isinstance(func, torch._ops.OpOverload) or func.namespace != 'aten': return False
     if torch.Tag.nondeterministic_seeded in func.tags or func.is_view or 'out' in func._overloadname: return False
     return torch.Tag.pointwise in func.tags or name_of(func) in _CHEAP
@@ -50,7 +50,7 @@ def is_cheap(
 def is_in_place(
     func, # An operator
 ) -> bool:
-    "Tell whether `func` writes to its first argument, and to nothing else"
+    "Tell whether `func` writes to its first argument and to nothing else"
     kinds = list(signature(func).kinds.values())
     return kinds[:1] == [WRITE] and WRITE not in kinds[1:] and name_of(func)[-1] == '_'
 
@@ -73,7 +73,7 @@ def out_of(
     kind:str, # Of device
 ):        # An operator, or None
     "Find the variant of `func` that writes to its `out` arguments"
-    # How large cuDNN's reserve is it alone knows
+    # Only cuDNN knows how large its reserve is
     if name_of(func) == 'cudnn_batch_norm': return None
     for name in func.overloadpacket.overloads():
         found = getattr(func.overloadpacket, name)
@@ -82,65 +82,65 @@ def out_of(
     return None
 
 def _has_kernel(func, kind:str) -> bool:
-    "Has `func` a kernel of its own for this kind of device?"
+    "Tell whether `func` has its own kernel for this kind of device"
     key = 'CPU' if kind == 'meta' else kind.upper()
     name = f'{func._schema.name}.{func._overloadname}'
     return hasattr(torch._C.DispatchKey, key) and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 # %% ../nbs/12d_recipes.ipynb #8771fd31
 class Part(NamedTuple):
-    "A tensor: the value that it is a view of, and where in it"
-    value: Value|None # None: the one that is made
+    "Describe a tensor: the value that it views, and its place in it"
+    value: Value|None # None: the value that is made
     dtype: torch.dtype
     offset: int       # Values before the first
     size: tuple
     stride: tuple
 
     def on(self, st:torch.UntypedStorage) -> Tensor:
-        "Make the tensor on `st`"
+        "Make the tensor on the storage `st`"
         return torch.empty(0, dtype=self.dtype, device=st.device).set_(st, self.offset, self.size, self.stride)
 
     @property
     def look(self) -> tuple:
-        "What kernels see of it"
+        "Describe the tensor as kernels see it"
         return self.value is None,*self[1:]
 
     @property
     def nbytes(self) -> int: return math.prod(self.size)*self.dtype.itemsize
 
 class Blank(NamedTuple):
-    "A tensor that is made beside the one that is meant"
+    "Describe a tensor that a call makes beside the result"
     dtype: torch.dtype
     size: tuple
     stride: tuple
 
     def on(self, st:torch.UntypedStorage) -> Tensor:
-        "Make it on the device of `st`"
+        "Make the tensor on the device of `st`"
         return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=st.device)
 
     @property
     def nbytes(self) -> int: return math.prod(self.size)*self.dtype.itemsize
 
 def mapped(f, o):
-    "Apply `f` to all that is no container"
+    "Apply `f` to everything that is not a container"
     if type(o) in (list, tuple): return tuple([mapped(f, p) for p in o])
     return {k:mapped(f, p) for k,p in o.items()} if isinstance(o, dict) else f(o)
 
 # %% ../nbs/12d_recipes.ipynb #2e032d65
 class Call(NamedTuple):
-    "A call that makes a storage, or changes what is in it so far"
+    "Hold a call that makes a storage, or changes its content"
     func: object
     args: tuple     # With a `Part` or a `Blank` for each tensor
     kwargs: dict
-    out: int|None=None # Which of the results is copied to the storage; None: the call writes to it
-    made: tuple=()     # What it makes beside the storage, each a `Blank`
+    out: int|None=None # Which result to copy to the storage; None: the call writes to it
+    made: tuple=()     # Tensors that it makes beside the storage, each a `Blank`
 
     @property
     def scratch(self) -> int: return sum([o.nbytes for o in self.made])
 
     @property
     def look(self) -> tuple:
-        "What all calls have in common that give the same bits for the same input"
+        "Return a key: calls with the same key give the same bits for the same input"
         def seen(o): return o.look if isinstance(o, Part) else tuple(o) if isinstance(o, Blank) else o
         return self.func,mapped(seen, self.args),tuple(mapped(seen, self.kwargs).items()),self.out
 
@@ -164,22 +164,22 @@ class Call(NamedTuple):
 
 # %% ../nbs/12d_recipes.ipynb #f8d97a02
 def _kept(st:torch.UntypedStorage) -> Tensor:
-    "Make a tensor that keeps `st` alive: in older PyTorch what comes out of a weak reference does not"
+    "Make a tensor that keeps `st` alive: in older PyTorch the object from a weak reference does not"
     with torch._C._DisableTorchDispatch(), torch._C._DisableFuncTorch():
         return torch.empty(0, dtype=torch.uint8, device=st.device).set_(st, 0, (0,), (1,))
 
 class Value:
-    "What a storage holds until somebody writes to it"
-    __slots__ = ('rec',       # of the storage; it has another value once it was written to
-                 'calls',     # that make it; none: nobody knows how
-                 'sources',   # the values that the calls read
-                 'needed_by', # values that are away and are made from it
-                 'held',      # values whose storages are kept alive, as this one is made from them
+    "Describe the content of a storage until an operation writes to it"
+    __slots__ = ('rec',       # of the storage; after a write it has another value
+                 'calls',     # that make it; empty: unknown
+                 'sources',   # values that the calls read
+                 'needed_by', # values that are away and will be made from it
+                 'held',      # values whose storages are kept alive as sources of this one
                  'kept',      # tensors on these storages
-                 'unchecked', # while it is away: looks of recipes that have to give the same bits, or None
-                 'tried',     # has it left once to be checked?
-                 'seen',      # `look`, once somebody asked
-                 'is_ending') # is it about to be written over?
+                 'unchecked', # while it is away: looks of recipes to check, or None
+                 'tried',     # has it left once for a check?
+                 'seen',      # `look`, once computed
+                 'is_ending') # is an operation about to overwrite it?
     def __init__(self, rec:Record, calls:tuple=()):
         self.rec,self.calls = rec,calls
         self.sources = tuple(dict.fromkeys([p.value for c in calls for p in c.parts() if p.value is not None]))
@@ -188,12 +188,12 @@ class Value:
 
     @property
     def is_there(self) -> bool:
-        "Does its storage still hold it, on the device or away?"
+        "Tell whether its storage still holds it, on the device or away"
         return self.rec.value is self and self.rec() is not None
 
     @property
     def look(self) -> tuple:
-        "What kernels see of the calls"
+        "Describe the calls as kernels see them"
         if self.seen is None: self.seen = tuple([c.look for c in self.calls])
         return self.seen
 
@@ -204,23 +204,23 @@ class Value:
         for o in values: o.needed_by.add(self)
 
 # %% ../nbs/12d_recipes.ipynb #05ecefa5
-CHAIN = 8 # calls that a recipe has, and storages that are made one for the other, at most
+CHAIN = 8 # at most this many calls in a recipe, and storages in a chain
 
-class Unknown(Exception): "No recipe can be written down"
+class Unknown(Exception): "Signal that no recipe can be recorded"
 
 def _is_dense(t:Tensor, nbytes:int) -> bool: return t.storage_offset() == 0 and t.numel()*t.element_size() == nbytes
 
 def is_plain(t:Tensor) -> bool:
-    "Is `t` a tensor that is what its storage, sizes and strides say?"
+    "Tell whether storage, sizes and strides describe `t` completely"
     if not isinstance(t, Tensor) or t.layout is not torch.strided or t.is_nested or t.is_quantized: return False
     return not (t.is_conj() or t.is_neg() or t._is_zerotensor())
 
 def part_of(
     t:Tensor,
-    find,          # From a tensor to its record
-    own:Record|None, # Of the storage that is made
+    find,          # Function from a tensor to its record
+    own:Record|None, # The record of the storage that is made
 ) -> Part:
-    "Write down a tensor. Raises `Unknown` where others may write to it"
+    "Record a tensor. Raises `Unknown` if other code may write to it"
     if not is_plain(t): raise Unknown
     rec = find(t)
     if rec is own: return Part(None, t.dtype, t.storage_offset(), t.shape, t.stride())
@@ -229,14 +229,14 @@ def part_of(
     return Part(rec.value, t.dtype, t.storage_offset(), t.shape, t.stride())
 
 def written_down(func, args:tuple, kwargs:dict, find, own:Record|None) -> tuple[tuple,dict]:
-    "Write down arguments. BN's training kernel leaves running statistics alone that it does not get"
+    "Record arguments, without running statistics: BN's training kernel must not update them again"
     def part(o): return part_of(o, find, own) if isinstance(o, Tensor) else o
     if name_of(func).endswith('batch_norm') and args[5]: args = (*args[:3], None, None, *args[5:])
     return mapped(part, args),mapped(part, kwargs)
 
 # %% ../nbs/12d_recipes.ipynb #9fec7877
 def calls_of(func, args:tuple, kwargs:dict, outs:tuple, k:int, rec:Record, find) -> tuple:
-    "Write down how the storage `rec` of `outs[k]` was made. Raises `Unknown`"
+    "Record how the storage `rec` of `outs[k]` was made. Raises `Unknown` if that is not possible"
     t = outs[k]
     if not all(map(is_plain, outs)) or not _is_dense(t, rec.nbytes): raise Unknown
     whole = Part(None, t.dtype, 0, t.shape, t.stride())
@@ -246,15 +246,15 @@ def calls_of(func, args:tuple, kwargs:dict, outs:tuple, k:int, rec:Record, find)
     args,kwargs = written_down(func, args, kwargs, find, None)
     return _in_place(func, args, kwargs, whole) or (_into(func, args, kwargs, outs, k, whole),)
 
-def _in_place(func, args:tuple, kwargs:dict, whole:Part) -> tuple: # Nothing if that does not work
-    "Go on where the first argument's recipe ends"
+def _in_place(func, args:tuple, kwargs:dict, whole:Part) -> tuple: # Empty if that does not work
+    "Continue the first argument's recipe"
     first,variant = args[0] if args else None,in_place_of(func)
     if variant is None or not isinstance(first, Part) or first[1:] != whole[1:]: return ()
     before = first.value.calls
     return (*before, Call(variant, (whole, *args[1:]), kwargs)) if 0 < len(before) < CHAIN else ()
 
 def _into(func, args:tuple, kwargs:dict, outs:tuple, k:int, whole:Part) -> Call:
-    "Write to the storage at once, or copy the result to it"
+    "Write to the storage directly, or copy the result to it"
     blanks,out = [Blank(o.dtype, o.shape, o.stride()) for o in outs],out_of(func, outs[k].device.type)
     if out is None: return Call(func, args, kwargs, k, tuple(blanks))
     others = *blanks[:k],*blanks[k+1:]
@@ -264,5 +264,5 @@ def _into(func, args:tuple, kwargs:dict, outs:tuple, k:int, whole:Part) -> Call:
 
 # %% ../nbs/12d_recipes.ipynb #c780ba0b
 def next_call(func, args:tuple, kwargs:dict, rec:Record, find) -> Call:
-    "Write down what was done in place to the storage `rec`. Raises `Unknown`"
+    "Record what was done in place to the storage `rec`. Raises `Unknown` if that is not possible"
     return Call(func, *written_down(func, args, kwargs, find, rec))

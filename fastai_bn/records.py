@@ -1,7 +1,7 @@
 """What the pager knows of one storage, and how a storage leaves and returns
 
-Tensors are views of storages, and storages are what takes memory. For each one that an operation touches the pager
-(`fastai_bn.paging`) keeps a `Record`. How storages leave and return is the business of a `Transport`, here by copies.
+Tensors are views of storages, and storages take the memory. The pager (`fastai_bn.paging`) keeps a `Record` for each
+storage that an operation touches. A `Transport` has storages leave and return, here by copies.
 
 You need this page to understand or to change what happens to a storage within a block. To use the pager you do not.
 
@@ -22,28 +22,28 @@ __all__ = []
 
 # %% ../nbs/11a_records.ipynb #a3d79a70
 class Record(weakref.ref):
-    "What is known of a storage; a weak reference to it"
-    # Each has `key`, the address of the storage and its key in `Ledger.recs`, and `nbytes`, its size on the device
+    "Hold what the pager knows of a storage, as a weak reference to it"
+    # Each has `key`, the address of its storage (the key in `Ledger.recs`), and `nbytes`, the size on the device
     foreign = False # not counted: a parameter, buffer or gradient, or on another device
     pinned = False # counted, but not to be moved
-    label = -1     # its number in the order of appearance; -1: too small to be moved, or not ours
-    host = None    # a valid copy in host memory, kept until the storage is written to
-    away = False   # is it not on the device?
+    label = -1     # its number in the order of appearance; -1: too small to be moved, or foreign
+    host = None    # a valid copy in host memory, kept until an operation writes to the storage
+    away = False   # not on the device?
     event = None   # end of a copy under way
-    counts = False # does it hold whole numbers on the CPU?
-    holds = 0      # how many are reading it past all operations
+    counts = False # whole numbers on the CPU?
+    holds = 0      # how many readers bypass operations now
     last = 0       # the operation that used it last
-    value = None   # how what it holds was made, if that is known
-    shared = False # may others write to it, past all operations?
+    value = None   # how its content was made, if known
+    shared = False # may other code write to it and bypass operations?
 
     def wait_for_copy(self, copies:Copies):
-        "Let what comes next wait for the copy under way"
+        "Make the next operations wait for the copy under way"
         if self.event is None: return
         copies.wait(self.event)
         self.event = None
 
     def drop_copy(self, copies:Copies):
-        "Give back the copy, which is not valid any longer"
+        "Give back the copy, which is no longer valid"
         if self.host is None: return
         buf,self.host = self.host,None
         copies.give(buf, self.nbytes)
@@ -58,11 +58,11 @@ class Record(weakref.ref):
 
 # %% ../nbs/11a_records.ipynb #a7419575
 class Transport:
-    "How storages leave and return: by a copy in host memory"
+    "Have storages leave and return by a copy in host memory"
     def __init__(self, copies:Copies): self.copies = copies
 
     def leave(self, rec:Record, st:torch.UntypedStorage):
-        "Have `rec` ready to leave"
+        "Make `rec` ready to leave"
         rec.copy_out(self.copies, st)
 
     def bring(self, rec:Record, st:torch.UntypedStorage):
@@ -70,7 +70,7 @@ class Transport:
         rec.event = self.copies.copy_in(st, rec.host)
 
     def forget(self, rec:Record):
-        "Let go of what is kept for `rec`"
+        "Drop what is kept for `rec`"
         rec.drop_copy(self.copies)
 
     def is_made(self, rec:Record) -> bool:
@@ -86,7 +86,7 @@ class Transport:
         return True
 
     def expose(self, rec:Record):
-        "From now on others may write to `rec`, past all operations"
+        "Note that other code may write to `rec` from now on and bypass operations"
         rec.shared = True
 
     def before(self, op): "Prepare for an operation that writes to storages"

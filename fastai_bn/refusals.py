@@ -1,8 +1,8 @@
-"""What happens when the device has no memory left: others leave, and the operation runs again
+"""When the device has no memory left, other storages leave, and the operation runs again
 
-With `budget='auto'` nobody names a number. The pager (`fastai_bn.paging`) goes on until the device **refuses** an
-allocation. Then all that is not in use leaves, and the operation runs again on what was there before it. How much was
-there is a limit from then on, so that what comes next pages ahead instead of being refused again.
+With `budget='auto'` the user names no number. The pager (`fastai_bn.paging`) goes on until the device **refuses** an
+allocation. Then all storages that are not in use leave, and the operation runs again on its original inputs. The bytes
+that were on the device become the limit, so that later operations page ahead instead of being refused again.
 
 You need this page to understand or to change what happens when memory runs out. To use the pager you do not.
 
@@ -32,28 +32,28 @@ __all__ = []
 _STATUS = 'CUBLAS_STATUS_ALLOC_FAILED','CUDNN_STATUS_ALLOC_FAILED'
 
 def is_refusal(e:BaseException) -> bool:
-    "Tell whether `e` says that a device had no memory to give"
+    "Tell whether `e` says that a device had no memory left"
     if isinstance(e, torch.OutOfMemoryError): return True
     return isinstance(e, RuntimeError) and any(s in str(e) for s in _STATUS)
 
 # %% ../nbs/12c_refusals.ipynb #257b7d0e
 def _copy(t:Tensor) -> Tensor:
-    "Copy `t`, to the host if the device has no memory for that"
+    "Copy `t`, to the host if the device has no memory for the copy"
     try: return t.clone()
     except RuntimeError as e:
         if not is_refusal(e): raise
     return t.cpu()
 
 class Before:
-    "Tensors and states of random generators, as they are now"
+    "Keep tensors and states of random generators as they are now"
     def __init__(self, tensors:list, generators:list):
         with torch._C._DisableTorchDispatch():
-            views = [t.detach() for t in tensors]  # they keep their sizes where an operation gives `t` others
+            views = [t.detach() for t in tensors]  # they keep their sizes if an operation resizes `t`
             self.tensors = [(t, _copy(t)) for t in views]
             self.states = [(g, g.get_state()) for g in generators]
 
     def put_back(self):
-        "Have them be what they were"
+        "Restore the tensors and the states"
         with torch._C._DisableTorchDispatch():
             for t,before in self.tensors: t.copy_(before)
             for g,state in self.states: g.set_state(state)
@@ -62,22 +62,22 @@ class Before:
 _SAME_AGAIN = 'copy_','zero_','fill_','masked_fill_','normal_','uniform_','bernoulli_','index_copy_','index_fill_'
 
 class Effects(NamedTuple):
-    "What an operation changes that was there before it"
-    writes: bool    # Does it write to arguments, other than the same again?
-    asks: bool      # Does it ask for memory where it writes?
+    "Tell what an operation changes that was there before it"
+    writes: bool    # Does it write to arguments, and could a repeat give other values?
+    asks: bool      # Does it ask for memory when it writes?
     draws: bool     # Does it draw random numbers?
 
 @cache
 def effects(
     func, # An operator
 ) -> Effects|None:
-    "Tell what `func` changes. None: not known, as it takes closures or talks to other processes"
+    "Tell what `func` changes. None: unknown, as `func` takes closures or talks to other processes"
     s = signature(func)
     if not s.is_known or s.is_collective: return None
     name = func._schema.name.removeprefix('aten::')
     writes = WRITE in s.kinds.values() and name not in _SAME_AGAIN
     asks = not (torch.Tag.pointwise in func.tags and name.endswith('_'))
-    # Operations of others do not always have tags
+    # Operations of other libraries do not always have tags
     draws = torch.Tag.nondeterministic_seeded in func.tags or func.namespace not in ('aten','prims')
     return Effects(writes, asks, draws)
 
@@ -88,7 +88,7 @@ def _written(func, args:tuple, kwargs:dict) -> list[Tensor]:
     return [t for t in parts if t.device.type != 'meta' and not isinstance(t, FakeTensor)]
 
 def _generators(kwargs:dict, device:torch.device|None) -> list[torch.Generator]:
-    "List what an operation draws from: its own generator, or the CPU's and the device's"
+    "List the generators that an operation may draw from: its own, or the CPU's and the device's"
     if kwargs.get('generator') is not None: return [kwargs['generator']]
     device = torch.device(kwargs.get('device') or device or 'cpu')
     if device.type in ('cpu','meta'): return [torch.default_generator]
@@ -99,29 +99,29 @@ def _generators(kwargs:dict, device:torch.device|None) -> list[torch.Generator]:
 CALM = 4 # Blocks without a refusal, after which the limit rises
 
 class LearnedLimit:
-    "Learn the limit of a `budget` from what is refused"
+    "Learn the limit of a `budget` from refusals"
     def __init__(self, budget:Budget):
-        self.budget,self.refused,self.seen = budget,0,0  # all refusals; those before the block at hand
+        self.budget,self.refused,self.seen = budget,0,0  # all refusals; refusals before the present block
         self.calm,self.patience,self.good = 0,CALM,0  # `good`: the limit before it rose, until the next refusal
 
     def refuse(self, ledger:Ledger):
-        "Take note of a refusal"
+        "Note a refusal, and set the limit"
         self.refused += 1
         if self.good: self.patience *= 2
         self.set(ledger, max(ledger.resident, ledger.floor, self.good))
         self.good = 0
 
     def set(self, ledger:Ledger, limit:int|None):
-        "From now on the limit is this"
+        "Set the limit from now on"
         ledger.limit = self.budget.limits[ledger.device] = limit
 
     def need(self, ledger:Ledger, n:int):
-        "Take note of an operation that needed `n` bytes, more than any before it in the block"
+        "Note that an operation needed `n` bytes, more than any before it in the block"
         ledger.floor = n
         if ledger.limit is not None and n > ledger.limit: self.set(ledger, n)
 
     def end_block(self, ledger:Ledger, order:Order) -> int|None: # The limit of the next one
-        "Have the limit rise where nothing was refused for long. `order` is what the block did"
+        "Raise the limit if nothing was refused for several blocks. `order` is the order of the block"
         self.calm = 0 if self.refused > self.seen else self.calm+1
         self.seen = self.refused
         if ledger.limit is None or self.calm < self.patience: return ledger.limit
@@ -131,28 +131,28 @@ class LearnedLimit:
         return ledger.limit
 
 # %% ../nbs/12c_refusals.ipynb #991bc55a
-_ADVICE = ("One operation is too large for what is free on the device. Operations are smaller in lock step "
-           "(micro_bs='auto' in AccumulateGradBN, or MicroBatched with a smaller micro_bs), or with smaller inputs")
+_ADVICE = ("One operation needs more memory than the device has free. Operations are smaller in lock step "
+           "(micro_bs='auto' in AccumulateGradBN, or MicroBatched with a smaller micro_bs) or with smaller inputs")
 
 def advised(e:BaseException) -> BaseException: # The same
-    "Have the error of a refusal say what helps"
+    "Add advice to the error of a refusal"
     if _ADVICE not in str(e): e.args = (f'{e}\n{_ADVICE}',)
     return e
 
 def _empty_cache(device:torch.device|None):
-    "Have PyTorch give back what it holds in reserve on `device`, for those who ask the driver"
+    "Have PyTorch give back its reserve on `device`, for libraries that ask the driver for memory"
     if device is None or device.type in ('cpu','meta'): return
     getattr(torch.get_device_module(device), 'empty_cache', lambda: None)()
 
 class Refusals:
-    "Have what is refused run again"
+    "Run refused operations again"
     def __init__(self, mover:Mover, limit:LearnedLimit):
         self.mover,self.ledger,self.limit = mover,mover.ledger,limit
         self.others = False  # dispatch modes below the pager?
         self.is_open = True
 
-    def run(self, call, func, args:tuple, kwargs:dict): # What it returns
-        "Run an operation by `call`"
+    def run(self, call, func, args:tuple, kwargs:dict): # Its result
+        "Run an operation by `call`, and once more if it is refused"
         f,e = partial(call, func, args, kwargs),effects(func)
         if e is None: return f()
         writes = e.writes and (e.asks or self.others)
@@ -160,12 +160,12 @@ class Refusals:
         generators = _generators(kwargs, self.ledger.device) if e.draws else []
         return self.attempt(f, Before(_written(func, args, kwargs) if writes else [], generators))
 
-    def attempt(self, f, before:Before|None=None): # What `f` returns
-        "Call `f`. If it is refused, call it again when others have left; what it began is undone"
+    def attempt(self, f, before:Before|None=None): # The result of `f`
+        "Call `f`. If it is refused, undo what it began, let other storages leave, and call it again"
         try: return f()
         except RuntimeError as e:
             if not is_refusal(e): raise
-        # Here nothing of the first try is alive any longer
+        # Here nothing of the first try is alive
         if before is not None: before.put_back()
         self.let_leave()
         try: return f()
@@ -175,12 +175,12 @@ class Refusals:
             raise advised(e)
 
     def let_leave(self):
-        "Let all that is not in use leave"
+        "Let all storages leave that are not in use"
         if self.is_open:
             self.limit.refuse(self.ledger)
             self.mover.let_all_leave()
         _empty_cache(self.ledger.device)
 
     def close(self):
-        "The block ends: all come back, and nobody leaves for them"
+        "Stop evicting: the block ends, and all storages come back"
         self.is_open = False

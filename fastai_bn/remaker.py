@@ -1,8 +1,8 @@
-"""What can be made again is dropped, where that costs less, and made when an operation needs it
+"""Drop storages that are cheaper to make again, and make them when an operation needs them
 
 Copying over the bus is slow; BN, ReLU and sums are fast. So a storage that was chosen (`fastai_bn.choice`) leaves
-without a copy, and is made again (`fastai_bn.making`) when an operation needs it. This module writes recipes down as
-operations run, notices what changes, and says which way a storage leaves and returns.
+without a copy, and is made again (`fastai_bn.making`) when an operation needs it. This module records recipes as
+operations run, notices what changes, and decides which way a storage leaves and returns.
 
 You need this page to understand or to change how that works. To use the pager you do not.
 
@@ -30,7 +30,7 @@ __all__ = []
 
 # %% ../nbs/12f_remaker.ipynb #f9c36bb9
 class Recorder:
-    "Write down how storages are made, and notice what changes"
+    "Record how storages are made, and notice what changes"
     def __init__(self, mover:Mover):
         self.mover,self.ledger,self.schedule = mover,mover.ledger,mover.schedule
         self.holds = {} if mover.schedule is None else mover.schedule.choice.holds
@@ -41,8 +41,8 @@ class Recorder:
         self.release([rec for rec,_ in op.changed])
 
     def release(self, recs:list[Record]):
-        "Have nothing depend on what `recs` hold"
-        # From now on what is made from them is copied when it leaves
+        "Bring back all that will be made from `recs`, so that nothing depends on their content"
+        # From now on storages made from them are copied when they leave
         for rec in recs: rec.value.is_ending = True
         reads.hold(recs, 1)
         try:
@@ -62,19 +62,19 @@ class Recorder:
         self.ledger.bring_back(rec)
 
     def after(self, op:Operation, args:tuple, kwargs:dict, out):
-        "Write down an operation that has run"
+        "Record an operation that has run"
         if not (op.made or op.changed) or not is_cheap(op.func): return
         with suppress(Unknown):
             if is_in_place(op.func): self._go_on(op, args, kwargs)
             elif any([self._is_wanted(rec.label) for rec in op.made]): self._begin(op, args, kwargs, out)
 
     def _is_wanted(self, label:int) -> bool:
-        "Is it good to know how storage `label` was made? While all is as foreseen, only what was chosen will be made"
+        "Tell whether to record storage `label`. While the block follows the forecast, only chosen ones are made"
         if not self.ledger.forecast.exact or self.schedule is None: return label >= 0
         return label in self.schedule.wanted
 
     def _begin(self, op:Operation, args:tuple, kwargs:dict, out):
-        "Write down how new storages were made"
+        "Record how new storages were made"
         outs = out if isinstance(out, (tuple, list)) else (out,)
         for k,t in enumerate(outs):
             if not is_plain(t): raise Unknown
@@ -83,7 +83,7 @@ class Recorder:
                 self._set(rec, calls_of(op.func, args, kwargs, outs, k, rec, self.ledger.find), op)
 
     def _go_on(self, op:Operation, args:tuple, kwargs:dict):
-        "Write down what was done in place to a storage"
+        "Record what was done in place to a storage"
         if not is_plain(args[0]): raise Unknown
         rec = self.ledger.find(args[0])
         for o,value in op.changed:
@@ -91,19 +91,19 @@ class Recorder:
                 self._set(rec, (*value.calls, next_call(op.func, args, kwargs, rec, self.ledger.find)), op)
 
     def _set(self, rec:Record, calls:tuple, op:Operation):
-        "Give `rec` the value that `calls` make, of which `op` is the last"
+        "Give `rec` the value that `calls` make; `op` is the last call"
         value,forecast = Value(rec, calls),self.ledger.forecast
         labels,gone = _labels(value)
         rec.value = value
         if not forecast.exact:
-            # What it goes on from has to be known, too, though it is not read
+            # The recipe that this one continues has to be recorded, too, though nothing reads its storage
             before = [o.label for o in op.used if o.value is not None and o.value not in value.sources]
             between = *[o.rec.label for o in gone],*before
             forecast.note_recipe(rec.label, labels, _scratch(value, gone), _work(value), between)
         value.hold(self.for_good(value))
 
     def for_good(self, value:Value) -> list[Value]:
-        "List what is kept alive for `value`, as was chosen"
+        "List the values to keep alive for `value`, as chosen"
         labels = self.holds.get(value.rec.label)
         if labels is None: return []
         # Small storages have no label
@@ -111,11 +111,11 @@ class Recorder:
 
 # %% ../nbs/12f_remaker.ipynb #7a8b7179
 def _sources(values, known) -> dict[Value,None]:
-    "List what `values` are made from, without what is `known`"
+    "List the sources of `values`, without those `known`"
     return dict.fromkeys([p for o in values for p in o.sources if p not in known])
 
 def _behind(value:Value) -> list[Value]:
-    "List what `value` is made from, and what that is made from"
+    "List the sources of `value`, and their sources"
     found = last = _sources([value], ())
     for _ in range(CHAIN):
         last = _sources(last, found)
@@ -126,8 +126,8 @@ def _work(value:Value) -> int:
     "Count the bytes that the calls of `value` read and write"
     return sum([o.nbytes for c in value.calls for o in (*c.parts(), *c.made)])
 
-def _labels(value:Value) -> tuple[tuple,list[Value]]: # Labels; what is gone
-    "List what `value` is made from now, and what is made in between. Raises `Unknown` if it cannot be"
+def _labels(value:Value) -> tuple[tuple,list[Value]]: # Labels; dead values
+    "List the sources of `value`, and the dead values made in between. Raises `Unknown` if one cannot be made"
     there,gone,last = {},{},[value]
     for _ in range(CHAIN+1):
         found = _sources(last, gone)
@@ -139,18 +139,18 @@ def _labels(value:Value) -> tuple[tuple,list[Value]]: # Labels; what is gone
 
 # %% ../nbs/12f_remaker.ipynb #99c2f7a1
 class Chooser:
-    "Say what is made again, and from what"
+    "Decide which storages are made again, and from which sources"
     def __init__(self, ledger:Ledger, remakes:Remakes, choice:Choice|None):
         self.ledger,self.remakes,self.choice = ledger,remakes,choice
 
     def _next_use(self, rec:Record) -> float: return self.ledger.forecast.next_use(rec.label)
 
     def is_chosen(self, rec:Record) -> bool:
-        "Was `rec` chosen to be made again when it is needed next?"
+        "Tell whether `rec` was chosen to be made again for its next use"
         if self.choice is None or rec.value is None: return False
         return (rec.label, self._next_use(rec)) in self.choice.again
 
-    def plan(self, rec:Record) -> tuple[list[Value],set]|None: # What it is made from, and the looks of recipes
+    def plan(self, rec:Record) -> tuple[list[Value],set]|None: # Its sources, and the looks of recipes
         "Tell how `rec` would be made again if it left now. None: it has to be copied"
         value,is_open = rec.value,self.choice is None
         if value is None or not value.calls or not (is_open or self.is_chosen(rec)): return None
@@ -160,7 +160,7 @@ class Chooser:
         return None if looks & self.remakes.bad else (found[0], looks)
 
     def fits(self, rec:Record, used:list[Record]) -> bool:
-        "Can `rec` be made within the limit, beside what is `used`?"
+        "Tell whether `rec` can be made within the limit, beside the storages in `used`"
         found = self.find(rec.value, self._next_use(rec))
         if found is None or self.ledger.limit is None or not self.remakes.moves: return found is not None
         held,gone = found
@@ -169,13 +169,13 @@ class Chooser:
         return self.ledger.pinned + need <= self.ledger.limit
 
     def find(self, value:Value, n:float) -> tuple[list[Value],list[Value]]|None:
-        "List what `value` is made from at step `n`: what is held until then, and what is made in between"
+        "List the sources of `value` at step `n`: values held until then, and values made in between"
         is_gone = {}
         if value.is_ending or not self._find(value, n, is_gone, CHAIN): return None
         return [o for o,gone in is_gone.items() if not gone],[o for o,gone in is_gone.items() if gone]
 
     def _find(self, value:Value, n:float, is_gone:dict, depth:int) -> bool:
-        "Enter what `value` is made from, each once. False: it cannot be made"
+        "Enter each source of `value` once. Return False if `value` cannot be made"
         for o in value.sources:
             if o in is_gone: continue
             if o.is_ending: return False
@@ -186,22 +186,22 @@ class Chooser:
         return True
 
     def _lives(self, rec:Record, n:float) -> bool:
-        "Will `rec` be alive at step `n`, as far as is known?"
+        "Tell whether `rec` will be alive at step `n`, as far as known"
         before = self.ledger.forecast.before
         return before is None or before.ends.get(rec.label, n+1) > n
 
 # %% ../nbs/12f_remaker.ipynb #29a70c01
 def _scratch(value:Value, gone:list[Value]) -> int:
-    "Count the bytes that are there for a while when `value` is made, and what is `gone` for it"
+    "Count the temporary bytes when `value` is made, with the values that are `gone` and made for it"
     return max([c.scratch for v in (value, *gone) for c in v.calls]) + sum([v.rec.nbytes for v in gone])
 
 def _is_link(value:Value, held:list[Value]) -> bool:
-    "Would making `value` from `held` be part of a chain?"
+    "Tell whether making `value` from `held` would be part of a chain"
     return any([o.needed_by or o.rec.away and o.rec.host is None for o in (value, *held)])
 
 # %% ../nbs/12f_remaker.ipynb #a1af1b01
 class Remaker(Transport):
-    "Have storages made again, where that gives the same bits and was chosen as the cheaper way"
+    "Make storages again if that gives the same bits and was chosen as the cheaper way"
     def __init__(self, mover:Mover, remakes:Remakes):
         super().__init__(mover.ledger.copies)
         choice = None if mover.schedule is None else mover.schedule.choice
@@ -213,7 +213,7 @@ class Remaker(Transport):
     def is_made(self, rec:Record) -> bool: return rec.away and (rec.host is None or self._looks(rec) is not None)
 
     def _looks(self, rec:Record) -> set|None:
-        "What is to be checked when `rec` returns"
+        "Return the looks to check when `rec` returns, if any"
         return None if rec.value is None or self.depth > CHAIN//2 else rec.value.unchecked
 
     def is_cheap(self, rec:Record) -> bool: return self.chooser.is_chosen(rec)
@@ -238,16 +238,16 @@ class Remaker(Transport):
         if not can_check or not self._check(rec, st, looks): super().bring(rec, st)
 
     def _make(self, rec:Record, st:torch.UntypedStorage):
-        "Make `rec`, of which there is no copy"
+        "Make `rec`, which has no copy"
         try: self.maker.fill(rec, st)
         except BaseException:
             st.resize_(0)
             raise
-        rec.away = False  # before what it was made from may go
+        rec.away = False  # before its sources may leave
         rec.value.hold(self.recorder.for_good(rec.value))
 
-    def _check(self, rec:Record, st:torch.UntypedStorage, looks:set) -> bool: # Is `st` what it was?
-        "Make `rec`, and compare it with its copy"
+    def _check(self, rec:Record, st:torch.UntypedStorage, looks:set) -> bool: # Has `st` the same bits?
+        "Make `rec` again, and compare it with its copy"
         rec.value.unchecked = None
         self.depth += 1
         try:
@@ -280,7 +280,7 @@ class Remaker(Transport):
         if not self.remakes.moves: self.mover.let_idle_leave()
 
     def try_out(self, recs:list[Record]):
-        "Have storages leave and return once, so that their recipes are checked"
+        "Have storages leave and return once, to check their recipes"
         for rec in recs:
             if rec.value is None or rec.value.tried or rec.holds or rec.label not in self.ledger.here: continue
             rec.value.tried,plan = True,self.chooser.plan(rec)

@@ -1,10 +1,10 @@
-"""What a policy would move: demand paging of a recorded order
+"""Count the bytes that a policy would move: demand paging of a recorded order
 
-A policy says who leaves the device. To compare policies nobody has to run a model again: an order of operations that
-was recorded once (`pager.order`) is replayed, and the bytes are counted.
+A policy decides which storage leaves the device. To compare policies nobody has to run a model again. The replay takes
+an order of operations that was recorded once (`pager.order`), and counts the bytes.
 
-`moved_bytes(order, budget)` does so for the pager's rules and for those that they are to beat. You need this page to
-understand or to change the policy of the pager (`fastai_bn.paging`). To use the pager you do not.
+`moved_bytes(order, budget)` counts them for the pager's rules and for the rules that these have to beat. You need this
+page to understand or to change the policy of the pager (`fastai_bn.paging`). To use the pager you do not.
 
 Docs: the notebook nbs/10b_replay.ipynb"""
 
@@ -23,7 +23,7 @@ __all__ = []
 
 # %% ../nbs/10b_replay.ipynb #0d6bab4b
 class Queue:
-    "Labels by rank"
+    "Keep labels by rank"
     def __init__(self): self.heap,self.ranks = [],{}
 
     def enter(self, label:int, rank):
@@ -31,32 +31,32 @@ class Queue:
         self.ranks[label] = rank
         heappush(self.heap, (rank, label))
 
-    def pop(self, there:set) -> int|None: # None: there is nobody
-        "Take out who has the least rank of those that are `there`"
+    def pop(self, there:set) -> int|None: # None: there is none
+        "Take out the label of least rank among those that are `there`"
         while self.heap:
             rank,label = heappop(self.heap)
             if label in there and self.ranks[label] == rank: return label
 
 # %% ../nbs/10b_replay.ipynb #8e27621d
 class Places:
-    "Where everything is, on paper"
+    "Know where each storage is, on paper"
     def __init__(self, order:Order, policy:str, choice:Choice|None):
         self.order,self.policy,self.again = order,policy,choice.again if choice else set()
         self.here,self.away,self.clean = set(),set(),set()  # labels; `clean`: with a valid copy on the host
-        self.dropped,self.absent,self.moved = set(),0,0  # to be made again; bytes that are away; that were copied
+        self.dropped,self.absent,self.moved = set(),0,0  # labels to be made again; bytes that are away; bytes copied
         self.last,self.queue = {},Queue()
-        self.read = {}  # by label: the step at which something was last made from it
-        # What happened: step, label, 'copy', 'leave', 'load', or 'late': leaves after something was made from it
+        self.read = {}  # by label: the step at which another storage was last made from it
+        # Events: step, label, and 'copy', 'leave', 'load', or 'late': leaves after serving as a source in this step
         self.log = []
 
-    def rank(self, o:int, i:int): # The least leaves first
-        "Tell how much `o`, which step `i` touches, is needed afterwards"
+    def rank(self, o:int, i:int): # The least rank leaves first
+        "Rank `o`, which step `i` touches, by how soon it is needed afterwards"
         if self.policy == 'lru': return i
         n = self.order.next_use(o, i+1)
         return (o, n) not in self.again, -n
 
     def touch(self, labels, i:int):
-        "Note that step `i` touches `labels`, which are there"
+        "Note that step `i` touches `labels`, which are on the device"
         self.here.update(labels)
         for o in labels:
             self.last[o] = i
@@ -85,20 +85,20 @@ class Places:
 
 # %% ../nbs/10b_replay.ipynb #53a9e705
 class Replay(Places):
-    "Demand paging of an order, every operation's own storages within the budget where that is possible"
+    "Replay an order by demand paging, with each operation's own storages within the budget if possible"
     def __init__(self,
         order:Order,
         budget:int,               # Bytes
-        policy:str='belady',      # Who leaves: 'belady' or 'lru'
-        choice:Choice|None=None,  # What is made again; None: nothing
+        policy:str='belady',      # Which storage leaves: 'belady' or 'lru'
+        choice:Choice|None=None,  # Which storages are made again; None: none
     ):
         super().__init__(order, policy, choice)
         self.budget,self.kept = budget,_kept_until(choice) if choice else {}
-        self.extra = self.work = self.over = 0  # bytes beside the order's; `over`: most that exceeded the budget
-        self.made,self.tops = set(),[]  # labels of what was made again; the most there by step
+        self.extra = self.work = self.over = 0  # bytes beyond the order's; `over`: the largest excess over the budget
+        self.made,self.tops = set(),[]  # labels made again; the most bytes on the device, by step
 
     def make_room(self, i:int, n:int, stay:set):
-        "Let storages leave until `n` more bytes fit at step `i`, or nobody is left but those that `stay`"
+        "Let storages leave until `n` more bytes fit at step `i`, or until only those that `stay` are left"
         def there(): return self.order.steps[i].base + self.extra + n - self.absent
         kept = []
         while there() > self.budget and (o := self.queue.pop(self.here)) is not None:
@@ -108,7 +108,7 @@ class Replay(Places):
         self.over,self.tops[i] = max(self.over, there()-self.budget),max(self.tops[i], there())
 
     def bring(self, o:int, i:int, stay:set):
-        "Have `o` return at step `i`"
+        "Bring `o` back at step `i`"
         if o in self.here: return
         if o in self.away:
             self.make_room(i, self.order.sizes[o], stay)
@@ -120,7 +120,7 @@ class Replay(Places):
         self.touch([o], i)
 
     def make(self, o:int, i:int, stay:set):
-        "Make `o` again at step `i`; what is gone is made in between"
+        "Make `o` again at step `i`, and first make its dead sources"
         sizes,recipe = self.order.sizes,self.order.recipes[o]
         stay = stay.union(recipe.sources)
         self.made.add(o)
@@ -134,7 +134,7 @@ class Replay(Places):
         self.extra -= more
 
     def forget(self, i:int, s:Step):
-        "Let go of what died before step `i`"
+        "Forget the storages that died before step `i`"
         late = {o for o in s.dead if self.kept.get(o, 0) >= i}
         released = {o for o,n in self.kept.items() if n == i-1 and self.order.ends.get(o, math.inf) < i}
         gone = released.union(s.dead) - late
@@ -159,7 +159,7 @@ class Replay(Places):
         self.tops[i] = max(self.tops[i], s.base+self.extra+s.grow-self.absent)
 
     def run(self) -> Replay:
-        "Replay all steps, and bring everything back at the end"
+        "Replay all steps, and bring all storages back at the end"
         for i,s in enumerate(self.order.steps): self.step(i, s)
         self.moved += self.bytes_of(self.away)
         self.work += sum([self.order.recipes[o].work for o in self.dropped])
@@ -167,7 +167,7 @@ class Replay(Places):
 
 # %% ../nbs/10b_replay.ipynb #361b4396
 def _kept_until(choice:Choice) -> dict[int,int]: # Steps by label
-    "Tell until when sources are kept"
+    "Tell until which step each source is kept"
     res = {}
     for label,n in sorted(choice.again, key=lambda o: o[1]): res.update(dict.fromkeys(choice.holds.get(label, ()), n))
     return res
@@ -180,7 +180,7 @@ def best(
     limit:int, # Bytes
     chains:tuple=CHAINS, # Lengths to try
 ) -> tuple[Choice,Replay]:
-    "Find the choice that costs least under a limit, and its replay"
+    "Find the cheapest choice under a limit, and its replay"
     horizon = Horizon(order, limit)
     choices = [Choice(order, horizon, n) for n in chains]
     tried = [(o, Replay(order, limit, choice=o).run()) for o in choices]
@@ -189,7 +189,7 @@ def best(
 def least_limit(
     order:Order,
 ) -> int: # Bytes
-    "Find, to 2 %, the least limit that holds without moving anything"
+    "Find, to 2 %, the least limit that needs no copies"
     most = max([s.base+s.grow for s in order.steps])
     lo,hi = 0,most
     while hi-lo > most/50:
@@ -203,11 +203,11 @@ def least_limit(
 def moved_bytes(
     order:Order,          # Of a block: `pager.order`
     budget:int,           # Bytes
-    policy:str='belady',  # 'belady', needed last leaves; 'lru', least recently used; 'remake', or is made again
-) -> int: # Bytes copied out and in, bringing back at the end included
-    "Count what demand paging would move in a block. Raises `ValueError` for another `policy`"
+    policy:str='belady',  # 'belady': needed last leaves; 'lru': least recently used leaves; 'remake': or is made again
+) -> int: # Bytes copied out and in, with the return at the end
+    "Count the bytes that demand paging would move in a block. Raises `ValueError` if `policy` is not one of these"
     if policy not in ('belady','lru','remake'): raise ValueError(
-        "`policy` must be 'belady' (needed last leaves), 'lru' (least recently used leaves) or 'remake' (what is "
-        f"cheaper to make again is not copied), got {policy!r}")
+        "`policy` must be 'belady' (needed last leaves), 'lru' (least recently used leaves) or 'remake' (storages "
+        f"that are cheaper to make again are not copied), got {policy!r}")
     if policy != 'remake': return Replay(order, budget, policy).run().moved
     return best(order, budget)[1].moved

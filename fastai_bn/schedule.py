@@ -1,11 +1,12 @@
-"""When copies begin: out as soon as nobody needs a storage for long, in as soon as there is room
+"""Start each copy out right after the last use, and each copy in as soon as there is room
 
-Under a limit, storages leave before an operation that has no room, and return before one that uses them. That is
-demand paging, and who waits for the bus then is the device. But a recorded order says long before who will leave and
-return. So copies out begin right after the last use, and copies in as early as the memory has room, in the order in
-which they are needed; the bus works while kernels run. Which bytes move does not change, and the limit holds.
+Under a limit, storages leave before an operation that has no room, and return before an operation that uses them. This
+is demand paging, and it makes the device wait for the bus. But a recorded order says long before which storages will
+leave and return. So copies out begin right after the last use. Copies in begin as early as the memory has room, in the
+order in which they are needed. The bus then works while kernels run. The schedule moves the same bytes, and the limit
+holds.
 
-The schedule is pure: from an order and its replay (`fastai_bn.replay`) to lists of labels, which the mover
+The schedule is pure: from an order and its replay (`fastai_bn.replay`) it makes lists of labels, which the mover
 (`fastai_bn.mover`) follows. You need this page to understand or to change when something is copied. To use the pager
 you do not.
 
@@ -26,9 +27,9 @@ __all__ = []
 # %% ../nbs/10c_schedule.ipynb #6537d1a4
 def with_between(
     order:Order,
-    labels:set[int], # Of what is made again
+    labels:set[int], # Of the storages that are made again
 ) -> set[int]: # Labels
-    "Add what they go on from, and what has died and is made in between"
+    "Add the storages whose recipes they continue, and the dead ones that are made in between"
     res,more = set(),list(labels)
     while more:
         label = more.pop()
@@ -38,40 +39,40 @@ def with_between(
     return res
 
 class Moves(NamedTuple):
-    "What happens before the operation of a step, by labels"
-    copy: list  # Their copies out begin
-    leave: list # They leave
-    load: list  # They return
+    "List what happens before the operation of a step, by label"
+    copy: list  # Storages whose copies out begin
+    leave: list # Storages that leave
+    load: list  # Storages that return
 
 class Schedule:
-    "When what moves, from the replay of an order"
+    "Schedule the moves of a block, from the replay of an order"
     def __init__(self,
         order:Order,
-        limit:int|None, # Bytes; None: the least without a copy
-        remake:bool=True, # Is what costs less so made again?
+        limit:int|None, # Bytes; None: the least limit that needs no copies
+        remake:bool=True, # Make storages again where that is cheaper?
     ):
         self.order,self.given,self.moves = order,limit,{}  # `moves`: by step
         self.limit = limit = least_limit(order) if limit is None else limit
         self.choice,replay = best(order, limit) if remake else (None, Replay(order, limit).run())
-        self.wanted = with_between(order, replay.made)  # how these are made has to be known
+        self.wanted = with_between(order, replay.made)  # the pager has to record the recipes of these
         self.free,self.left,self.first = [replay.budget-o for o in replay.tops],{},0
         self.born = {o:i for i,s in enumerate(order.steps) for o in s.new}
         for step,label,what in replay.log: self._enter(step, label, what)
 
     def is_for(self, order:Order, limit:int|None) -> bool:
-        "Would a schedule of `order` under `limit` be this one?"
+        "Tell whether this is the schedule of `order` under `limit`"
         return order is self.order and limit == self.given
 
     def _enter(self, step:int, label:int, what:str):
-        "Write down what happened to `label` at `step`, and when it can begin"
+        "Enter an event of `label` at `step`, at the step where it can begin"
         if what in ('leave','late'): self.left[label] = step
-        if what == 'late': return  # on demand, as before the operation is too early
+        if what == 'late': return  # it leaves on demand: before the operation is too early
         if what == 'copy': step = 1+max(self.born.get(label, 0), self.order.last_use(label, step))
         if what == 'load': step = self.first = self._begin(label, step, max(self.first, self.left[label]+1))
         getattr(self.moves.setdefault(step, Moves([], [], [])), what).append(label)
 
     def _begin(self, label:int, step:int, first:int) -> int:
-        "Find from when on `label`, which `step` needs, has room on the device, and take that room"
+        "Find the earliest step with room for `label`, which `step` needs, and take that room"
         n = self.order.sizes[label]
         while step > first and self.free[step-1] >= n:
             step -= 1

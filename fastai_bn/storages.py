@@ -1,8 +1,8 @@
-"""Who is on the device, and how many bytes that is
+"""Which storages are on the device, and how many bytes they take
 
-The pager (`fastai_bn.paging`) keeps a `Record` (`fastai_bn.records`) for each storage that an operation touches, and
-the `Ledger` knows which of them are there and how many bytes that is.
-Who leaves and who returns is for the mover (`fastai_bn.mover`) to decide.
+The pager (`fastai_bn.paging`) keeps a `Record` (`fastai_bn.records`) for each storage that an operation touches. The
+`Ledger` knows which of them are on the device, and how many bytes they take. The mover (`fastai_bn.mover`) decides
+which storages leave and return.
 
 You need this page to understand or to change what happens to a storage within a block. To use the pager you do not.
 
@@ -33,15 +33,15 @@ MIN_BYTES = 2**16 # smaller storages are not moved
 def is_movable(
     st:torch.UntypedStorage, # Any storage
 ) -> bool:
-    "Tell whether PyTorch owns the memory of `st` alone: not that of NumPy or `mmap`, nor what processes share"
+    "Tell whether PyTorch alone owns the memory of `st`: NumPy, `mmap` or another process may own or share it"
     return st.resizable() and not (st.device.type == 'cpu' and st.is_shared())  # on CUDA `is_shared` is always true
 
-# Lists of lengths or indices stay where they are: packed RNNs read theirs on the CPU before any operation comes
+# Lists of lengths or indices stay where they are: packed RNNs read such lists on the CPU before any operation
 _WHOLE = torch.int32,torch.int64
 
 # %% ../nbs/12_storages.ipynb #1943a847
 def plain(
-    t:Tensor, # Any, with a storage or without
+    t:Tensor, # Any tensor, with a storage or without
 ) -> list[Tensor]:
     "List the tensors with a storage that make up `t`: several for sparse tensors and wrapper subclasses"
     if hasattr(t, '__tensor_flatten__'): parts = [getattr(t, n) for n in t.__tensor_flatten__()[0]]
@@ -60,19 +60,19 @@ def known(
     "Find the record at the address of `st`, where PyTorch may have put a new storage after one that died"
     rec = ledger.recs.get(st._cdata)
     if rec is None or rec() is not None: return rec
-    ledger.died(rec)  # again: Python keeps in an interrupt that came in there
+    ledger.died(rec)  # again: Python swallows an interrupt within the callback
 
 # %% ../nbs/12_storages.ipynb #9d82d043
 class Register:
-    "Know the storages of a block, and how many bytes are there"
+    "Know the storages of a block, and how many bytes are on the device"
     def __init__(self, copies:Copies, budget:Budget, forecast:Forecast):
         self.copies,self.budget,self.forecast = copies,budget,forecast
-        self.recs,self.labels,self.here = {},[],{}    # by address; by label; by label what could leave, if it is alive
-        self.resident = self.absent = self.pinned = 0 # bytes on the device; of what is away; of what cannot leave
-        self.extra = self.most = 0                    # bytes for what is being made again; most bytes in doing so
+        self.recs,self.labels,self.here = {},[],{}    # by address; by label; by label, what could leave if alive
+        self.resident = self.absent = self.pinned = 0 # bytes on the device; away; that cannot leave
+        self.extra = self.most = 0                    # bytes for a storage being made again; the most with these
         self.now = 0                                  # operations so far
-        self.floor = 0 if budget.is_auto else math.inf # operations that need more are taken note of
-        self.device,self.limit,self.attempt = None,None,_call  # `attempt`: how memory is asked for
+        self.floor = 0 if budget.is_auto else math.inf # larger needs of an operation are noted
+        self.device,self.limit,self.attempt = None,None,_call  # `attempt`: how to ask for memory
         self.transport,self.model = Transport(copies),Model(self)
 
     def find(self, t:Tensor|torch.UntypedStorage) -> Record:
@@ -94,14 +94,14 @@ class Register:
         return rec
 
     def add_foreign(self, st:torch.UntypedStorage) -> Record:
-        "Make a record of what is somebody else's"
+        "Make a record of a storage that is not the pager's to move"
         rec = Record(st, self.died)
         rec.key,rec.nbytes,rec.foreign = st._cdata,st.nbytes(),True
         self.recs[rec.key] = rec
         return rec
 
     def find_made(self, t:Tensor) -> Record:
-        "Find the record of what an operation returned, or make one. What is new can move, if it is large"
+        "Find the record of an operation's result, or make one. A new storage can move if it is large"
         st = t.untyped_storage()
         if st._cdata in self.recs or not t.is_floating_point() or t._is_zerotensor(): return self.find(t)
         return self._new(st)
@@ -122,8 +122,8 @@ class Register:
             self.here[label] = rec
         return rec
 
-    def use_device(self, device:torch.device) -> bool: # Is it the block's?
-        "Make the first tensor's device the block's, or a GPU once one comes: what was on the CPU before is not ours"
+    def use_device(self, device:torch.device) -> bool: # Is it the block's device?
+        "Use the device of the first tensor, or a GPU from its first tensor on; storages on the CPU are then foreign"
         is_gpu = device.type not in ('cpu','meta')
         if self.device is not None and not (is_gpu and self.device.type == 'cpu'): return device == self.device
         for rec in list(self.recs.values()): self.disown(rec)
@@ -138,7 +138,7 @@ class Register:
         if not rec.foreign: self.uncount(rec)
 
     def uncount(self, rec:Record):
-        "Take `rec` out of all sums: it is gone, or somebody else's"
+        "Take `rec` out of all sums: it died, or is foreign"
         if rec.away: self.absent -= rec.nbytes
         else: self.resident -= rec.nbytes
         if rec.pinned: self.pinned -= rec.nbytes
@@ -148,14 +148,14 @@ class Register:
 
 # %% ../nbs/12_storages.ipynb #c2f35499
 class Ledger(Register):
-    "Keep account of the storages of a block: who is there, and how many bytes"
+    "Keep account of the storages of a block: which are on the device, and how many bytes they take"
     def those_here(self) -> list[Record]:
-        "List what could leave"
+        "List the storages that could leave"
         self.here = {o:rec for o,rec in list(self.here.items()) if rec() is not None}
         return list(self.here.values())
 
     def disown(self, rec:Record):
-        "Bring `rec` back for good, and count it no longer"
+        "Bring `rec` back for good, and no longer count it"
         if rec.foreign: return
         self.load(rec)
         self.uncount(rec)
@@ -163,7 +163,7 @@ class Ledger(Register):
         rec.foreign = True
 
     def pin(self, rec:Record) -> Record: # The same
-        "Bring `rec` back for good, and count it"
+        "Bring `rec` back for good, and keep counting it"
         self.bring_back(rec)
         if rec.pinned or rec.foreign: return rec
         rec.pinned = True
@@ -172,7 +172,7 @@ class Ledger(Register):
         return rec
 
     def bring_back(self, rec:Record):
-        "Make `rec` ready for whatever comes next"
+        "Make `rec` ready for the next operation"
         self.load(rec)
         rec.wait_for_copy(self.copies)
 
@@ -189,10 +189,10 @@ class Ledger(Register):
     def evict(self, rec:Record):
         "Let `rec` leave the device"
         if (st := rec()) is None: return
-        if not is_movable(st): return self.pin(rec)  # a NumPy view was taken, or the memory shared, since we looked
+        if not is_movable(st): return self.pin(rec)  # meanwhile somebody took a NumPy view or shared the memory
         self.transport.leave(rec, st)
         rec.wait_for_copy(self.copies)
-        # One that shares memory until it is written to (`_lazy_clone`) gets its own now
+        # A storage that shares memory until a write (`_lazy_clone`) gets its own memory now
         if st.device.type != 'meta': st.data_ptr()
         rec.away = True
         st.resize_(0)
@@ -204,7 +204,7 @@ class Ledger(Register):
 _PLAIN = {Tensor, nn.Parameter}
 
 class Model:
-    "Know the parameters, buffers and gradients, and disown them"
+    "Know the parameters, buffers and gradients, and do not count them"
     def __init__(self, ledger:Ledger):
         self.ledger,self.params,self.modules = ledger,{},set()
         self.compiled,self.batch = False,0  # was a compiled module called? samples in the largest batch
@@ -213,7 +213,7 @@ class Model:
         "Neither count nor move `p` and its gradient, now or later"
         if id(p) in self.params or is_lazy(p): return
         self.disown(p)
-        ours = isinstance(p, nn.Parameter) and p.is_leaf  # not so what `functional_call` puts in its place
+        ours = isinstance(p, nn.Parameter) and p.is_leaf  # not so for a stand-in of `functional_call`
         hook = p.register_post_accumulate_grad_hook(self.note_grad) if ours and p.requires_grad else None
         self.params[id(p)] = p,hook
         if ours: self.note_grad(p)
@@ -235,12 +235,12 @@ class Model:
         elif not rec.foreign: self.ledger.disown(rec)
 
     def _disown_parts(self, t:Tensor):
-        "Do not count what makes up `t`: functorch's tensors have no storage, what is in them has"
+        "Do not count the parts of `t`: functorch's tensors have no storage, but the tensors inside them have"
         with torch._C.DisableTorchFunctionSubclass(), suppress(NotImplementedError):
             for o in plain(t): self._disown(o.untyped_storage())
 
     def note_call(self, module:nn.Module, args:tuple):
-        "Before each forward pass of any module: note what is in it, and how many samples there are"
+        "Note the contents of a module before its forward pass, and how many samples there are"
         if module in self.modules: return
         rows = [len(t) for t in args if isinstance(t, Tensor) and t.dim()]
         self.batch = max([self.batch, *rows[:1]])
@@ -261,7 +261,7 @@ class Model:
             if b is not None: self.disown(b)
 
     def close(self):
-        "Let go of the model"
+        "Forget the model"
         for _,hook in self.params.values():
             if hook is not None: hook.remove()
         self.params.clear()

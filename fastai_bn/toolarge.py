@@ -1,7 +1,7 @@
-"""What is said when an operation does not fit into the budget alone
+"""Warn when a single operation does not fit into the budget
 
-An operation that does not fit alone runs all the same, and is named when the block ends. In lock step it may fit: the
-most rows that it could have had at once say which `micro_bs` that takes.
+An operation that does not fit into the budget alone runs nevertheless, and a warning names it when the block ends. In
+lock step it may fit. The warning says which `micro_bs` that takes: the most rows that would have fitted at once.
 
 You need this page to understand or to change these warnings. To use the pager (`fastai_bn.paging`) you do not.
 
@@ -27,7 +27,7 @@ __all__ = []
 
 # %% ../nbs/12g_toolarge.ipynb #204e4468
 def _rows_by_storage(ledger:Ledger, tensors:list) -> list[tuple[int,int]]: # Rows and bytes
-    "List the rows of storages where a tensor reaches over all of one"
+    "List the rows of storages that a tensor covers completely"
     rows = {}
     for t in tensors:
         if not isinstance(t, Tensor) or t.is_nested or t.layout is not torch.strided or not t.dim(): continue
@@ -37,27 +37,27 @@ def _rows_by_storage(ledger:Ledger, tensors:list) -> list[tuple[int,int]]: # Row
     return list(rows.values())
 
 def _rows_that_fit(ledger:Ledger, need:int, tensors:list) -> int:
-    "How many of its rows could an operation on `tensors` that needs `need` bytes have had at once within the limit?"
+    "Tell how many of its rows at once would fit, for an operation on `tensors` that needs `need` bytes"
     rows = _rows_by_storage(ledger, tensors)
     if not rows: return 0
     n,_ = max(rows, key=lambda o: o[1])
-    if n > ledger.model.batch: return 0  # those of weights cannot be fewer
+    if n > ledger.model.batch: return 0  # weights cannot have fewer rows
     batch = sum([nbytes for k,nbytes in rows if k == n])
     return n*(ledger.limit - need + batch)//batch
 
 # %% ../nbs/12g_toolarge.ipynb #6a7d5717
-_SHARED = 'A budget on {} saves nothing: what leaves stays in the same memory. It is for tests only'
+_SHARED = 'A budget on {} saves nothing: evicted storages stay in the same memory. Use it for tests only'
 
 class Warnings:
-    "Say once what went wrong in blocks"
-    def __init__(self): self.said,self.rows = set(),math.inf # the rows of operations that would have fitted
+    "Warn once of what went wrong in blocks"
+    def __init__(self): self.said,self.rows = set(),math.inf # the fewest rows that would have fitted
 
     def note(self, ledger:Ledger, need:int, trees):
-        "Take note of an operation on `trees` that needed `need` bytes, more than the limit"
+        "Note that an operation on `trees` needed `need` bytes, more than the limit"
         self.rows = min(self.rows, _rows_that_fit(ledger, need, tensors_in(list(tree_iter(trees)))))
 
     def after(self, ledger:Ledger, need:int, need_op):
-        "Warn after a block of which the most demanding operation needed `need` bytes"
+        "Warn after a block whose most demanding operation needed `need` bytes"
         if ledger.model.compiled:
             self.once('compiled', "A compiled model was called within an ActivationPager: it runs uncompiled there")
         if ledger.limit is None or not ledger.budget.is_given: return
@@ -66,13 +66,13 @@ class Warnings:
         if need > ledger.limit: self.once('need', _too_large(need, need_op, ledger.limit, self.rows))
 
     def once(self, key:str, message:str):
-        "Warn once"
+        "Warn, once per `key`"
         if key in self.said: return
         self.said.add(key)
         warnings.warn(message, stacklevel=5)
 
 def _too_large(need:int, op, limit:int, rows:float) -> str:
-    "Say what does not fit, and what would"
+    "Say which operation does not fit, and which budget or rows would fit"
     res = (f"{op} alone needs {need:,} bytes with what has to stay on the device, more than the budget of {limit:,}. "
            f"It ran all the same. The smallest budget that would have held is {need}")
     if rows < 1: return res
