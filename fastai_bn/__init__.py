@@ -1,12 +1,13 @@
-"""Gradient accumulation makes 2 x 16 look like 32 to the optimizer, but BatchNorm (BN) still normalises with 2 images.
-`fastai_bn` gives users of [fastai](https://docs.fast.ai) the large batch itself, bit for bit, in the memory they have.
+"""Gradient accumulation of 16 micro-batches of 2 images (2 x 16) steps like a batch of 32, but BatchNorm (BN) still
+normalises over 2 images. `fastai_bn` gives users of [fastai](https://docs.fast.ai) the large batch itself, bit for bit
+where kernels are deterministic, as on a CPU. A budget says how much memory it may take.
 
 ```python
 # one optimizer step, and one update of the running statistics, for 16 micro-batches
 learn = Learner(dls, model, cbs=AccumulateGradBN(n_step=16))
-# BN over all 16: the large batch itself, in the memory that the device has
+# or BN over all 16, too: the large batch itself, in the memory that the device has
 learn = Learner(dls, model, cbs=AccumulateGradBN(n_step=16, bn_bs='window', budget='auto'))
-# population statistics instead of a moving average
+# after either of them: population statistics in place of the moving average
 learn.precise_bn()
 ```
 
