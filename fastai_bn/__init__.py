@@ -17,11 +17,11 @@ statistics, no approximation, no change to the model.
 
 Modules:
 
-- `fastai_bn.accumulate`: `AccumulateGradBN`: one step for several micro-batches, BatchNorm over as many as you say
+- `fastai_bn.accumulate`: `AccumulateGradBN`: one optimizer step for several micro-batches, with BatchNorm over as many samples as you choose
 - `fastai_bn.advice`: `learn.memory_plan()`: does the large batch fit on the device, and which arguments make it fit?
 - `fastai_bn.all`: `from fastai_bn.all import *`
 - `fastai_bn.batches`: A DataLoader's micro-batches, joined and cut to the batches that BatchNorm is to see
-- `fastai_bn.capture`: What BatchNorm layers see, from the native kernels at no cost; and updates that wait
+- `fastai_bn.capture`: Read the moments that BatchNorm layers compute anyway, and hold back updates of their running statistics
 - `fastai_bn.choice`: What is made again instead of moved, looking at what will be on the device then
 - `fastai_bn.copies`: Memory budgets, host buffers, and the stream on which copies run beside the computation
 - `fastai_bn.counting`: Forward and backward pass inside the real pager, on tensors without memory
