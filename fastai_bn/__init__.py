@@ -17,16 +17,16 @@ statistics, no approximation, no change to the model.
 
 Modules:
 
-- `fastai_bn.accumulate`: `AccumulateGradBN`: one optimizer step for several micro-batches, with BatchNorm over as many samples as you choose
+- `fastai_bn.accumulate`: `AccumulateGradBN`: one step for several micro-batches, BatchNorm over the samples you choose
 - `fastai_bn.advice`: `learn.memory_plan()`: does the large batch fit on the device, and which arguments make it fit?
 - `fastai_bn.all`: `from fastai_bn.all import *`
 - `fastai_bn.batches`: A DataLoader's micro-batches, joined and cut to the batches that BatchNorm is to see
-- `fastai_bn.capture`: Read the moments that BatchNorm layers compute anyway, and hold back updates of their running statistics
+- `fastai_bn.capture`: Read the moments that BatchNorm layers compute anyway, and hold back their updates
 - `fastai_bn.choice`: What is made again instead of moved, looking at what will be on the device then
 - `fastai_bn.copies`: Memory budgets, host buffers, and the stream on which copies run beside the computation
 - `fastai_bn.counting`: Forward and backward pass inside the real pager, on tensors without memory
 - `fastai_bn.demo`: `python -m fastai_bn.demo`: the main job end to end, in minutes on two cores
-- `fastai_bn.diversion`: For a while a BN layer's update goes to somebody else, and its own running statistics stay
+- `fastai_bn.diversion`: Send a BN layer's updates to a taker for a while, and leave its own running statistics alone
 - `fastai_bn.draw`: `make_hpa`: cells drawn in the layout of the Human Protein Atlas, for demonstrations and tests
 - `fastai_bn.epochs`: How a DataLoader's epoch becomes windows, and how fastai's training loop runs inside them
 - `fastai_bn.fakes`: A model of any size runs on tensors that have shapes and no memory
@@ -38,7 +38,7 @@ Modules:
 - `fastai_bn.layers`: Its running statistics, its own `forward`, and the errors that name it
 - `fastai_bn.lockstep`: `MicroBatched`: one large batch computed in micro-batches that meet at every BatchNorm layer
 - `fastai_bn.making`: What was dropped is made by the calls that made it, and a check says whether the bits are the same
-- `fastai_bn.moments`: Count, mean and M2 of what BatchNorm layers see: statistics that merge
+- `fastai_bn.moments`: Count, mean and M2 of the values that BatchNorm layers see: statistics that merge
 - `fastai_bn.mover`: Who leaves for an operation, and who returns ahead of time
 - `fastai_bn.normalize`: `image_normalize`: every image by its own statistics; `ImageNormalize`: the same in batches
 - `fastai_bn.operations`: What an operation uses, writes to and makes
@@ -47,7 +47,7 @@ Modules:
 - `fastai_bn.pooled`: BatchNorm over micro-batches that are never together: three autograd functions and their gradient
 - `fastai_bn.population`: The statistics of a population with fixed weights, which inference should normalise with
 - `fastai_bn.precise`: `precise_bn`: population statistics of the final weights, not an average over changing ones
-- `fastai_bn.processes`: Which processes train together, over which of them BN normalises, and what they add up
+- `fastai_bn.processes`: Find the processes that train together and those over which BN normalises, and sum over them
 - `fastai_bn.reads`: `print(t)` is no operation: what reads a tensor's memory directly brings the tensor back first
 - `fastai_bn.recipes`: How the content of a storage came about, written down so that the same calls make it again
 - `fastai_bn.records`: What the pager knows of one storage, and how a storage leaves and returns

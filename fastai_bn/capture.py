@@ -1,4 +1,4 @@
-"""Read the moments that BatchNorm layers compute anyway, and hold back updates of their running statistics
+"""Read the moments that BatchNorm layers compute anyway, and hold back their updates
 
 A BatchNorm (BN) layer in training mode computes the mean and variance of its batch anyway. `capture_moments` makes the
 layer leave them in scratch buffers, where you can read and merge them, instead of in its running statistics. Later
@@ -97,7 +97,7 @@ class BNCapture:
     ):
         refuse_lazy(layers)
         self.layers = {k:m for k,m in layers.items() if m._buffers.get('running_mean') is not None}
-        self.uses = [Scratch(self.layers)] if self.layers else []  # the k-th holds the k-th call of each layer in a batch
+        self.uses = [Scratch(self.layers)] if self.layers else []  # one per call of a layer in a batch
         self.reset()
 
     def buffers_for(self, name:str, own:tuple, momentum:float|None, n:int) -> tuple[tuple,float]:
@@ -183,7 +183,7 @@ class BNCapture:
 
     @property
     def moments(self) -> BNMoments:
-        "Get the moments of all that each layer saw. With `SyncBatchNorm` this is a collective: call it in all processes"
+        "Get the moments of all that each layer saw. With `SyncBatchNorm` it is a collective: read it in all processes"
         self.next()
         self._pool()
         return self.kept
@@ -195,7 +195,7 @@ def capture_moments(
 ):
     """Have `layers` in training mode leave their moments in the yielded `BNCapture`, not in their running statistics.
 
-    Raises `ValueError` if a layer is lazy, gets one value per channel, or has its own forward that cannot be followed."""
+    Raises `ValueError` if a layer is lazy, gets one value per channel, or has a forward that cannot be followed."""
     cap = BNCapture(layers)
     with diverting(layers, lambda name: cap): yield cap
 

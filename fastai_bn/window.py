@@ -61,7 +61,7 @@ class Passes:
         self.begin(native=False, is_open=False)
 
     def begin(self, native:bool, is_open:bool=True):
-        "Begin a micro-batch: with `native` updates if it is the whole window. Unless `is_open`, layers update themselves"
+        "Begin a micro-batch: with `native` updates if it is the whole window, with the layers' own unless `is_open`"
         self.native,self.is_open = native,is_open
         self.n,self.in_pass,self.in_backward = 0,False,False  # passes of this micro-batch; is a pass under way?
         if self.recomputed is not None: self.recomputed.forget()
@@ -165,7 +165,7 @@ class MicroBatch:
     backward: str = ''            # Its backward pass: 'begun' or 'done'
     added: bool = False           # Is it a part of the window?
     paged: bool = False           # Has the pager's block begun?
-    preds: list = field(default_factory=list)           # Predictions, if other processes may wait in their backward pass
+    preds: list = field(default_factory=list)           # Predictions, if other processes may wait in backward
     held: ExitStack = field(default_factory=ExitStack)  # The pager's block: first forward pass to end of backward
 
     def page(self, pager, model:nn.Module, inputs):
@@ -215,7 +215,7 @@ class Window:
     def _clear(self):
         self.mean.clear()
         self.passes.clear()
-        self.count = 0  # micro-batches that were added. Set last: after an interrupt a window with a count is cleared again
+        self.count = 0  # micro-batches that were added. Set last: if an interrupt left it, the window is cleared again
 
     @contextmanager
     def begin(self, last:bool, # Does the window end with this micro-batch?
