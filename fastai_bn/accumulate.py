@@ -197,7 +197,7 @@ class AccumulateGradBN(_WindowedBatches):
         self.pieces = Pieces(Budget(budget))
         self._warned = self._skipped = False
 
-    def bn_batch_size(self) -> int|None: # None where the DataLoader does not say
+    def bn_batch_size(self) -> int|None: # None if the DataLoader's batch size is unknown
         "Count the samples in a whole BN batch"
         return self.plan.rebatched(self.dls.train).bs
 
