@@ -13,28 +13,28 @@ learn.precise_bn()
 
 Modules:
 
-- `fastai_bn.accumulate`: `AccumulateGradBN`: one step for several micro-batches, BatchNorm over as many as you say
+- `fastai_bn.accumulate`: `AccumulateGradBN`: one step for several micro-batches, BatchNorm over the samples you choose
 - `fastai_bn.advice`: `learn.memory_plan()`: does the large batch fit on the device, and which arguments make it fit?
 - `fastai_bn.all`: `from fastai_bn.all import *`
-- `fastai_bn.batches`: A DataLoader's micro-batches, joined and cut to the batches that BatchNorm is to see
-- `fastai_bn.capture`: What BatchNorm layers see, from the native kernels at no cost; and updates that wait
+- `fastai_bn.batches`: Join and cut a DataLoader's micro-batches to the batches that BatchNorm sees
+- `fastai_bn.capture`: Read the moments that BatchNorm layers compute anyway, and hold back their updates
 - `fastai_bn.choice`: Choose which storages to make again instead of moving them, by what will be on the device then
 - `fastai_bn.copies`: Memory budgets, host buffers, and the streams on which copies run beside the computation
 - `fastai_bn.counting`: Forward and backward pass inside the real pager, on tensors without memory
 - `fastai_bn.demo`: `python -m fastai_bn.demo`: the main job end to end, in minutes on two cores
-- `fastai_bn.diversion`: For a while a BN layer's update goes to somebody else, and its own running statistics stay
+- `fastai_bn.diversion`: Send a BN layer's updates to a taker for a while, and leave its own running statistics alone
 - `fastai_bn.draw`: `make_hpa`: cells drawn in the layout of the Human Protein Atlas, for demonstrations and tests
-- `fastai_bn.epochs`: How a DataLoader's epoch becomes windows, and how fastai's training loop runs inside them
+- `fastai_bn.epochs`: Divide a DataLoader's epoch into windows, and run fastai's training loop inside them
 - `fastai_bn.fakes`: A model of any size runs on tensors that have shapes and no memory
 - `fastai_bn.forecast`: Each block of operations repeats the one before, so the storage needed last leaves first
 - `fastai_bn.groupnorm`: `bn_to_gn`: GroupNorm in place of BatchNorm, in any model; `weight_standardize` to go with it
 - `fastai_bn.hpa`: The Kaggle layout of 4-channel fluorescence images with 28 labels, read into `DataLoaders`
 - `fastai_bn.hpafiles`: Which file holds which channel of which image
-- `fastai_bn.keep`: `keep_running_stats`: passes that leave BN's running statistics alone, as checkpointing's second one
+- `fastai_bn.keep`: `keep_running_stats`: run passes that leave BN's running statistics alone, as checkpointing needs
 - `fastai_bn.layers`: Its running statistics, its own `forward`, and the errors that name it
 - `fastai_bn.lockstep`: `MicroBatched`: one large batch computed in micro-batches that meet at every BatchNorm layer
 - `fastai_bn.making`: Make dropped storages again by the calls that made them, and check that the bits are the same
-- `fastai_bn.moments`: Count, mean and M2 of what BatchNorm layers see: statistics that merge
+- `fastai_bn.moments`: Count, mean and M2 of the values that BatchNorm layers see: statistics that merge
 - `fastai_bn.mover`: Which storages leave for an operation, and which return ahead of time
 - `fastai_bn.normalize`: `image_normalize`: every image by its own statistics; `ImageNormalize`: the same in batches
 - `fastai_bn.operations`: Find the storages that an operation uses, writes to and makes
@@ -44,7 +44,7 @@ Modules:
 - `fastai_bn.pooled`: BatchNorm over micro-batches that are never together: three autograd functions and their gradient
 - `fastai_bn.population`: The statistics of a population with fixed weights, which inference should normalise with
 - `fastai_bn.precise`: `precise_bn`: population statistics of the final weights, not an average over changing ones
-- `fastai_bn.processes`: Which processes train together, over which of them BN normalises, and what they add up
+- `fastai_bn.processes`: Find the processes that train together and those over which BN normalises, and sum over them
 - `fastai_bn.reads`: `print(t)` is not an operation: a direct read of a tensor's memory brings the tensor back first
 - `fastai_bn.recipes`: Record how the content of a storage came about, so that the same calls make it again
 - `fastai_bn.records`: What the pager knows of one storage, and how a storage leaves and returns
@@ -53,7 +53,7 @@ Modules:
 - `fastai_bn.replay`: Count the bytes that a policy would move: demand paging of a recorded order
 - `fastai_bn.report`: How far off running statistics are, how noisy BatchNorm's batches are, and what to do about it
 - `fastai_bn.rows`: Centre and scale of each row of a matrix, precise at any offset, with NumPy's percentiles
-- `fastai_bn.samples`: The one place that knows what a sample is: batches are counted, cut and joined
+- `fastai_bn.samples`: Count, cut and join the samples of a batch: the one place that defines what a sample is
 - `fastai_bn.sampling`: Which samples a population is measured on: each once, and no random number is drawn for it
 - `fastai_bn.schedule`: Start each copy out right after the last use, and each copy in as soon as there is room
 - `fastai_bn.storages`: Which storages are on the device, and how many bytes they take
@@ -61,9 +61,9 @@ Modules:
 - `fastai_bn.threads`: What a thread is set to, and how to set it back for a while
 - `fastai_bn.toolarge`: Warn when a single operation does not fit into the budget
 - `fastai_bn.tracker`: Every operation belongs to a layer, in the backward pass, too
-- `fastai_bn.tries`: A window that does not fit although nothing else is on the device runs once more, in lock step
+- `fastai_bn.tries`: Undo a window in which one operation is too large for the device, and run it again in lock step
 - `fastai_bn.turns`: Micro-batches that run side by side and wait for each other: `LockStep`
-- `fastai_bn.undo`: Stand in for somebody's method, and put it back whatever happens
+- `fastai_bn.undo`: Stand in for an object's method, and put the method back whatever happens
 - `fastai_bn.unet`: `gn_unet_learner`: fastai's `unet_learner` with GroupNorm everywhere, or in the decoder alone
 - `fastai_bn.virtual`: What a window takes on a graphics card that is not there: the real pager under a clock
 - `fastai_bn.window`: The micro-batches of one optimizer step, in any PyTorch loop"""

@@ -1,23 +1,24 @@
-"""`AccumulateGradBN`: one step for several micro-batches, BatchNorm over as many as you say
+"""`AccumulateGradBN`: one step for several micro-batches, BatchNorm over the samples you choose
 
 When a batch of 32 does not fit, gradient accumulation computes 16 **micro-batches** of 2 and makes one optimizer step
-for the **window** of all 16. To the optimizer that is a batch of 32. To BatchNorm (BN) it is not: each micro-batch is
-normalised by the statistics of 2 samples, and the running statistics, which inference uses, are updated 16 times with
-the moments of 2.
+for the **window** of all 16. The optimizer sees a batch of 32. BatchNorm (BN) does not: it normalises each micro-batch
+with the statistics of 2 samples, and it updates the running statistics, which inference uses, 16 times with the moments
+of 2 samples.
 
 `AccumulateGradBN` has one knob for each quantity:
 
 ```python
 AccumulateGradBN(n_step=16)                                 # the optimizer's batch: 16 micro-batches
 AccumulateGradBN(n_step=16, bn_bs='window')                 # BN over the window: the large batch, bit for bit
-AccumulateGradBN(n_step=16, bn_bs='window', budget='auto')  # the same in what memory the device has
+AccumulateGradBN(n_step=16, bn_bs='window', budget='auto')  # the same, in the memory that is free
 AccumulateGradBN(n_step=16, bn_bs='window', budget='6GiB')  # in 6 GiB of activations
-AccumulateGradBN(n_step=16, bn_bs='window', budget='auto', micro_bs='auto')  # where one operation may be too large
+AccumulateGradBN(n_step=16, bn_bs='window', budget='auto', micro_bs='auto')  # also if one operation is too large
 AccumulateGradBN(n_step=16, bn_bs=8)                        # BN over 8 samples, whatever the DataLoader's batch is
 ```
 
 **Use it** in place of fastai's `GradientAccumulation` whenever the model has BN. **Do without** if your batch fits:
-nothing is better than a real batch. Without BN it is a plain gradient accumulation (with right weights).
+nothing is better than a real batch. In a model without BN the callback accumulates gradients only, and weights uneven
+micro-batches correctly.
 
 Docs: the notebook nbs/05_accumulate.ipynb"""
 
@@ -55,8 +56,8 @@ def loss_denominator(
     pred,            # The model's prediction
     *yb,             # Targets, batch first
     n:int|None=None, # Samples in the batch. None: as many as the targets have
-) -> float|None: # What the loss divides its sum by, up to a constant; None: it does not divide (`reduction='sum'`)
-    "Find the denominator of a mean loss: for cross entropy the summed weights of the targets that count, else samples"
+) -> float|None: # The number that the loss divides its sum by, up to a constant; None: no number (`reduction='sum'`)
+    "Find the denominator of a mean loss: the summed weights of the targets that count for cross entropy, else samples"
     kw = {}
     while hasattr(loss_func, 'func'):  # fastai's losses and `partial`
         kw,loss_func = {**getattr(loss_func, 'keywords', {}), **kw},loss_func.func
@@ -81,7 +82,7 @@ class _WindowedBatches(WindowedEpochs):
         else: self._run(do, *args)
 
     def _run(self, do, *args, may_fail=lambda: False) -> bool: # Is it done?
-        "Run a batch. Where it `may_fail()` for want of memory, nothing of it is left then"
+        "Run a batch. If it runs out of memory and `may_fail()`, leave nothing of it on the device and return False"
         w,model,b = self.window,self.learn.model,None
         name = '_compiled_call_impl' if getattr(model, '_compiled_call_impl', None) is not None else 'forward'
         try:
@@ -94,15 +95,15 @@ class _WindowedBatches(WindowedEpochs):
         return True
 
     def _run_twice(self, do, i:int, batch):
-        "Run a batch, and if one operation is too large for the device once more, in lock step"
+        "Run a batch. If one operation is too large for the device, run the batch again, in lock step"
         learn,ranks,n = self.learn,self.window.ranks,size_of(batch, self.plan.n_inp, self.batches.bs)
         self.pieces.plan(learn, ranks, batch, n)
         # One sample cannot be cut, and other processes would wait
         if min(self.pieces.size or n, n) == 1 or ranks.wait(): return self._run(do, i, batch)
         before = BeforeWindow(learn, self._params, batch, self)
         if self._run(do, i, batch, may_fail=before.is_intact): return
-        learn.pred = learn.loss_grad = learn.loss = None  # let go of activations
-        self.window.drop()  # once more, now that there is memory
+        learn.pred = learn.loss_grad = learn.loss = None  # release the activations
+        self.window.drop()  # again, now that memory is free
         before.put_back()
         self.pieces.shrink(n)
         self._run(do, i, batch)
@@ -114,7 +115,7 @@ class _WindowedBatches(WindowedEpochs):
 
     @property
     def piece(self) -> int|None:
-        "Samples that operations see at once; None: all"
+        "Get the number of samples that operations see at once; None: all"
         return self.pieces.size if self.micro_bs == 'auto' else self.micro_bs
 
     def backing(self):
@@ -133,7 +134,7 @@ class _WindowedBatches(WindowedEpochs):
         return n_samples((*args, *kwargs.values()), tuple(self.yb), self.batches.bs)
 
     def _forward(self, forward, *args, **kwargs):
-        "Run a forward pass of the model; in mid-batch predictions in eval mode pass by"
+        "Run a forward pass of the model inside the window; pass predictions in eval mode through unchanged"
         model,w = self.learn.model,self.window
         if w is None or not model.training: return forward(*args, **kwargs)
         with w.forward(args, kwargs, self.xb, self.yb):
@@ -145,7 +146,7 @@ class _WindowedBatches(WindowedEpochs):
         return pred
 
     def _check_model(self):
-        "Raise `ValueError` where other parameters are trained in mid-window than at its beginning"
+        "Raise `ValueError` if the model or its trained parameters have changed since the window began"
         w = self.window
         if not w.count:
             if w.model is not self.model: self.open()
@@ -158,7 +159,7 @@ class _WindowedBatches(WindowedEpochs):
 
 # %% ../nbs/05_accumulate.ipynb #97659181
 class _Order:
-    "While no window is open, after `DistributedTrainer` (11); within one before `MixedPrecision` (10), which unscales"
+    "Run after `DistributedTrainer` (11) while no window is open, within a window before `MixedPrecision` (10)"
     def __get__(self, cb, cls): return 12 if cb is not None and cb.window is None else MixedPrecision.order-4
 
 class AccumulateGradBN(_WindowedBatches):
@@ -168,13 +169,13 @@ class AccumulateGradBN(_WindowedBatches):
     `pager` is the `ActivationPager` of a `budget`.
 
     Raises `ValueError` if an argument is out of range. In `fit` it raises
-    - `ValueError` if no windows can be made of the DataLoader (it is empty, `bn_bs` does not divide `n_step*bs`, with
-      `last='drop'` no window is ever full), or its items cannot be joined;
-    - `ValueError` beside `GradientAccumulation`, with `DataParallel`, and if a callback changes the model or what is
-      trained within a window, as a GAN does;
-    - `ValueError` for a negative `weight`, and for one value per channel at `bn_bs=None`;
-    - `RuntimeError` for a fit within a training epoch of the same learner;
-    - with `budget` and `micro_bs` also what `ActivationPager` and `MicroBatched` raise."""
+    - `ValueError` if the DataLoader yields no window (it is empty, `bn_bs` does not divide `n_step*bs`, or no window is
+      ever full with `last='drop'`), or if its items cannot be joined;
+    - `ValueError` beside `GradientAccumulation`, with `DataParallel`, and if a callback changes the model or its
+      trained parameters within a window, as a GAN does;
+    - `ValueError` if `weight` returns a negative number, or if BN gets one value per channel with `bn_bs=None`;
+    - `RuntimeError` if a fit begins within a training epoch of the same learner;
+    - with `budget` and `micro_bs` also the errors of `ActivationPager` and `MicroBatched`."""
     order = _Order()
     def __init__(self,
         n_step:int=16,   # Micro-batches per optimizer step: the effective batch is `n_step` times the DataLoader's `bs`
@@ -182,8 +183,8 @@ class AccumulateGradBN(_WindowedBatches):
         bn_bs=None,      # Samples per BN batch. None: the micro-batch; 'window': all; int: a divisor of `n_step*bs`
         weight=None,     # Callable `(pred, *yb) -> number`, the loss's denominator. None: `loss_denominator`
         last:str='step', # The short last window of an epoch: 'step' (its own mean), 'drop', 'carry' (into the next)
-        budget=None,     # Device memory for activations: 'auto', bytes, '6GiB', a share (below 1) of what is free, None
-        micro_bs=None,   # Samples that operations see at once, as with `MicroBatched`; 'auto': what fits. None: all
+        budget=None,     # Device memory for activations: 'auto', bytes, '6GiB', a share (< 1) of the free memory, None
+        micro_bs=None,   # Samples that operations see at once, as in `MicroBatched`; 'auto': as many as fit. None: all
     ):
         _check_counts(n_step, bn_bs, micro_bs)
         if weight is not None and not callable(weight): raise ValueError(
@@ -196,7 +197,7 @@ class AccumulateGradBN(_WindowedBatches):
         self.pieces = Pieces(Budget(budget))
         self._warned = self._skipped = False
 
-    def bn_batch_size(self) -> int|None: # None where the DataLoader does not say
+    def bn_batch_size(self) -> int|None: # None if the DataLoader's batch size is unknown
         "Count the samples in a whole BN batch"
         return self.plan.rebatched(self.dls.train).bs
 
@@ -213,12 +214,12 @@ class AccumulateGradBN(_WindowedBatches):
     def after_backward(self): self.window.add()
 
     def after_batch(self):
-        "Have the Recorder pass over a batch without targets that count"
+        "Have the Recorder skip a batch in which no target counts"
         b = self.window.batch if self.window is not None else None
         if b is not None and b.denominator == 0 and not self.window.ranks.is_distributed: self.learn.yb = ()
 
     def before_step(self):
-        "Skip the step in mid-window; at its end, make the gradient that of the mean over what came"
+        "Skip the step within the window; at its end, turn the gradient into that of the mean over the window"
         w = self.window
         if w.batch is not None and not w.batch.last:
             self._skipped = True
@@ -228,7 +229,7 @@ class AccumulateGradBN(_WindowedBatches):
     def after_cancel_step(self): self.window.drop()
 
     def after_cancel_batch(self):
-        "Forget a batch that somebody else has cancelled, and its window where the gradient is in there already"
+        "Forget a batch that another callback cancelled; drop its window, too, if the backward pass had begun"
         skipped,self._skipped = self._skipped,False
         w = self.window
         if w is None or w.batch is None or skipped: return
@@ -236,7 +237,7 @@ class AccumulateGradBN(_WindowedBatches):
         else: w.forget()
 
     def before_fit(self):
-        "Plan anew what fits, and let `lr_find` make `num_it` optimizer steps"
+        "Plan the size of the pieces anew, and let `lr_find` make `num_it` optimizer steps"
         super().before_fit()
         self.pieces.is_planned = False
         finder = next((cb for cb in self.learn.cbs if isinstance(cb, LRFinder)), None)
@@ -244,34 +245,36 @@ class AccumulateGradBN(_WindowedBatches):
 
 # %% ../nbs/05_accumulate.ipynb #17801a08
 def _is_count_or(n, *words) -> bool:
-    "Is `n` a count, None, or one of the `words`?"
+    "Tell whether `n` is a count, None, or one of the `words`"
     return n is None or is_count(n) or isinstance(n, str) and n in words
 
 def _check_counts(n_step, bn_bs, micro_bs):
-    "Raise `ValueError` for numbers out of range"
+    "Raise `ValueError` if a number is out of range"
     if not is_count(n_step): raise ValueError(
-        f"`n_step` must be an integer >= 1, got {n_step!r}. It is a number of micro-batches")
+        f"`n_step` must be an integer >= 1, got {n_step!r}. It is the number of micro-batches "
+        "per optimizer step")
     if not _is_count_or(bn_bs, 'window'): raise ValueError(
-        f"`bn_bs` must be an integer >= 1, 'window' or None, got {bn_bs!r}. It is a number of samples; None "
-        "is the micro-batch as it comes")
+        f"`bn_bs` must be an integer >= 1, 'window' or None, got {bn_bs!r}. It is the number of samples that "
+        "BatchNorm normalises together; None: those of a micro-batch")
     if not _is_count_or(micro_bs, 'auto'): raise ValueError(
-        f"`micro_bs` must be an integer >= 1, 'auto' or None, got {micro_bs!r}. It is a number of samples; None "
-        "is the BN batch in one piece")
+        f"`micro_bs` must be an integer >= 1, 'auto' or None, got {micro_bs!r}. It is the number of samples "
+        "that operations see at once; None: the whole BN batch")
     if micro_bs == 'auto' and bn_bs != 'window': raise ValueError(
-        f"`micro_bs` must be an integer >= 1 or None with bn_bs={bn_bs!r}, got 'auto': a window can be undone and run "
-        "again if it is one BN batch. Use bn_bs='window', or give a number of samples")
+        f"`micro_bs` must be an integer >= 1 or None with bn_bs={bn_bs!r}, got 'auto': only a window "
+        "that is one BN batch can be undone and run again. Use bn_bs='window', or give a number of samples")
 
 def _check_last(last, bn_bs):
-    "Raise `ValueError` where `last` is nothing that the short last window of an epoch could do"
+    "Raise `ValueError` if `last` is not a valid choice for the short last window of an epoch"
     if last not in ('step','drop','carry'): raise ValueError(
-        f"`last` must be 'step', 'drop' or 'carry', got {last!r}. It says what the short last window of an epoch does")
+        f"`last` must be 'step', 'drop' or 'carry', got {last!r}. It decides what happens to the short last "
+        "window of an epoch")
     if last == 'carry' and bn_bs is not None: raise ValueError(
         f"`last` must be 'step' or 'drop' with bn_bs={bn_bs!r}, got 'carry': a BN batch ends with its epoch. Use "
         "bn_bs=None")
 
 # %% ../nbs/05_accumulate.ipynb #f3f99057
 def _plan_lr_find(cb:AccumulateGradBN, finder:LRFinder):
-    "Have `finder` run for as many optimizer steps as it was to make iterations"
+    "Have `finder` make as many optimizer steps as it has planned iterations"
     learn,dl = cb.learn,cb.dls.train
     if hasattr(learn, 'distributed_trainer') and num_distrib() > 1: raise ValueError(
         "lr_find deadlocks inside distrib_ctx: fastai reloads the model on rank 0 only, and that load is a collective. "

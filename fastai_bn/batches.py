@@ -1,8 +1,8 @@
-"""A DataLoader's micro-batches, joined and cut to the batches that BatchNorm is to see
+"""Join and cut a DataLoader's micro-batches to the batches that BatchNorm sees
 
-A DataLoader gives micro-batches of `bs` samples. BatchNorm is to see batches of another size, none of which spans two
-windows. This module joins and cuts them, one window after the other, and tells when a window ends. What a sample is,
-and what can be joined, is defined in one place (`fastai_bn.samples`).
+A DataLoader yields micro-batches of `bs` samples. BatchNorm should see batches of another size, and no such batch may
+span two windows. This module joins and cuts the micro-batches, one window after the other, and tells when a window
+ends. `fastai_bn.samples` defines what a sample is and which batches can be joined.
 
 All functions work in any PyTorch loop.
 
@@ -24,7 +24,7 @@ from .samples import CannotJoin, cut, is_count, join, join_part, n_inputs, n_sam
 __all__ = []
 
 # %% ../nbs/02_batches.ipynb #a5a65994
-def take(parts:list, sizes:list[int], n:float) -> tuple: # A batch, and what is left: batches and their sizes
+def take(parts:list, sizes:list[int], n:float) -> tuple: # A batch; the remaining batches; their sizes
     "Take the first `n` samples off `parts`, a list of batches of `sizes` samples"
     sizes = list(sizes)
     for i,size in enumerate(sizes):
@@ -36,11 +36,11 @@ def take(parts:list, sizes:list[int], n:float) -> tuple: # A batch, and what is 
     return join(parts, sizes),[],[]
 
 def rebatch(batches, bs:float, rest:bool=True):
-    """Join and cut to `bs` samples each. The `rest` in the end may be short.
+    """Join and cut batches to `bs` samples each. If `rest` is true, yield the last batch even if it is short.
 
-    `batches`: triples of a batch, its samples, and whether all that is in hand is to be given after it, short or not.
+    `batches`: triples of a batch, its number of samples, and whether to flush after it: to yield all samples in hand.
 
-    Yields triples of a batch, its samples, and whether nothing is in hand after it for that reason."""
+    Yields triples of a batch, its number of samples, and whether a flush ended with it."""
     parts,sizes = [],[]
     for b,n,flush in batches:
         parts.append(b)
@@ -53,21 +53,21 @@ def rebatch(batches, bs:float, rest:bool=True):
 
 # %% ../nbs/02_batches.ipynb #0aaa2257
 class Ahead:
-    "Iterate over `it`, and tell whether it is at its end"
+    "Iterate over `it`, and tell whether it has ended"
     def __init__(self, it): self.it,self.held = iter(it),[]
     def __iter__(self): return self
     def __next__(self): return self.held.pop() if self.held else next(self.it)
     def is_done(self) -> bool:
-        "Fetch the next, if it has not been fetched, and tell whether there was none"
+        "Fetch the next item, unless that has been done, and tell whether there is none"
         if not self.held: self.held = list(islice(self.it, 1))
         return not self.held
 
 def batch_size(dl) -> int|None:
-    "Get the samples per batch of fastai's or PyTorch's DataLoader"
+    "Get the number of samples per batch of fastai's or PyTorch's DataLoader"
     return getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
 
 def n_items(dl) -> float:
-    "Count the samples in an epoch of fastai's or PyTorch's DataLoader; infinity where it does not know"
+    "Count the samples in an epoch of fastai's or PyTorch's DataLoader; infinity if it is unknown"
     if hasattr(dl, 'world_size'):  # fastai's DistributedDL
         n = n_items(dl.dl)
         n = math.ceil(n/dl.world_size) if n < math.inf else n
@@ -79,14 +79,14 @@ def n_items(dl) -> float:
 
 # %% ../nbs/02_batches.ipynb #9febb603
 class BNBatches(GetAttr):
-    """The batches of `dl`, in windows of `n_step`, joined and cut to `bn_bs` samples.
+    """Iterate over the batches of `dl`, in windows of `n_step`, joined and cut to `bn_bs` samples.
 
-    `last`: does a window end with the batch that was given last?"""
+    `last` tells whether a window ends with the batch that was yielded last."""
     _default = 'dl'
     def __init__(self,
         dl,                   # fastai's or PyTorch's DataLoader, of micro-batches
         n_step:int,           # Micro-batches in a window
-        bn_bs:float|None,     # Samples per batch; infinity: all of the window; None: as in `dl`, `last` at its end
+        bn_bs:float|None,     # Samples per batch; infinity: the whole window; None: as in `dl`, `last` at its end
         drop:bool,            # Leave out a short last window?
         n_inp:int|None=None,  # Inputs in a batch. None: by the `Learner`'s rule
     ):
@@ -95,22 +95,22 @@ class BNBatches(GetAttr):
 
     @property
     def bs(self) -> int|None:
-        "Samples per BN batch"
+        "Get the number of samples per BN batch"
         bs = batch_size(self.dl)
         if self.bn_bs is None: return bs
         return self.bn_bs if self.bn_bs < math.inf else bs and self.n_step*bs
 
     @property
     def _lacks(self) -> int:
-        "Samples that the last micro-batch lacks"
+        "Count the samples that the last micro-batch lacks"
         return max(0, len(self.dl)*(batch_size(self.dl) or 0) - n_items(self.dl))
 
     @property
     def n_micro(self) -> int:
-        "Micro-batches in an epoch, without those of a last window that is short and left out"
+        "Count the micro-batches in an epoch, without those of a dropped short last window"
         n = len(self.dl)
         if not self.drop: return n
-        short = self.n_step if self._lacks else 0  # where its last micro-batch is
+        short = self.n_step if self._lacks else 0  # if its last micro-batch is short
         return n - (n%self.n_step or short)
 
     def __len__(self) -> int:
@@ -125,21 +125,21 @@ class BNBatches(GetAttr):
         if self.drop: micro = self._whole(micro)
         if self.bn_bs is not None: micro = rebatch(micro, self.bn_bs, rest=not self.drop)
         for b,_,self.last in micro: yield b
-        self.last = True  # fewer than were promised
+        self.last = True  # `dl` yielded fewer batches than its `len`
 
     def _micro(self):
-        "Micro-batches, their samples, and whether a window ends with each"
+        "Yield each micro-batch, its number of samples, and whether a window ends with it"
         n,bs,i = len(self.dl),batch_size(self.dl),0
         data = Ahead(self.dl)
         for b in data:
             i,hand = i+1,[b]
-            del b  # so that no more than one hand holds the batch, as `enumerate` would
+            del b  # so that only `hand` holds the batch; `enumerate` would hold it, too
             last = self.bn_bs is not None and i%self.n_step == 0 or i >= n and data.is_done()
             size = size_of(hand[0], self.n_inp, bs) if self.bn_bs is not None else 0
             yield hand.pop(),size,last
 
     def _whole(self, micro):
-        "Those of windows that are whole. Where that is not known yet, micro-batches wait"
+        "Yield the micro-batches of whole windows. Hold micro-batches until their window is known to be whole"
         n,n_micro,lacks = len(self.dl),self.n_micro,self._lacks
         i,held = 0,[]
         for o in micro:

@@ -1,17 +1,18 @@
-"""What BatchNorm layers see, from the native kernels at no cost; and updates that wait
+"""Read the moments that BatchNorm layers compute anyway, and hold back their updates
 
-A BatchNorm (BN) layer in training mode computes the mean and variance of its batch anyway. `capture_moments` has the
-layer leave them where they can be read and merged, instead of in its running statistics; `update_running_stats` puts
-the pooled ones there later. `hold_updates` lets the layers update copies of their running statistics, until `commit`.
+A BatchNorm (BN) layer in training mode computes the mean and variance of its batch anyway. `capture_moments` makes the
+layer leave them in scratch buffers, where you can read and merge them, instead of in its running statistics. Later
+`update_running_stats` updates the running statistics with the pooled moments. `hold_updates` has the layers update
+copies of their running statistics; `commit` writes the copies back.
 
 ```python
 layers = bn_layers(model)
 with capture_moments(layers) as cap: pred = model(xb)   # the same prediction; the running statistics stay
-update_running_stats(layers, cap.moments)               # now they follow
+update_running_stats(layers, cap.moments)               # now they change
 ```
 
-Own arithmetic for BN in Python cost 29 % of a ResNet-18's step. This costs about one per cent, as PyTorch's own kernels
-do all the work. It works in any loop; `AccumulateGradBN` and `precise_bn` are built on it.
+Computing BN's moments in Python cost 29 % of a ResNet-18's step. `capture_moments` costs about 1 %, because PyTorch's
+own kernels do all the work. It works in any loop; `AccumulateGradBN` and `precise_bn` are built on it.
 
 Docs: the notebook nbs/01_capture.ipynb"""
 
@@ -35,7 +36,7 @@ __all__ = ['BNCapture', 'capture_moments', 'update_running_stats', 'BNUpdates', 
 
 # %% ../nbs/01_capture.ipynb #5f3b8c8e
 class Scratch:
-    "Zeroed buffers for one call of each of `layers`. Those of one device and dtype are slices of one tensor"
+    "Hold zeroed buffers for one call of each of `layers`: slices of one tensor per device and dtype"
     def __init__(self, layers:dict[str,nn.Module]):
         self.flats,self.buffers,self.counts = [],{},{}
         groups,self._last = {},None
@@ -50,21 +51,21 @@ class Scratch:
         self.channels = {k:c for o in groups.values() for k,c in o.items()}
 
     def reset(self):
-        "Make it as new"
+        "Zero the buffers, and forget the counts"
         if self.counts:
             for o in self.flats: o.zero_()
         self.counts = {}
 
-    def row(self) -> Tensor: # Shape [2, C], and C are the channels of all layers, with gaps
+    def row(self) -> Tensor: # Shape [2, C], where C counts the channels of all layers and the gaps between
         "Copy mean and unbiased variance of all layers side by side"
         return torch.cat([o.to(self.flats[0].device) for o in self.flats], 1)
 
     def moments(self, counts:dict[str,int], momenta:dict[str,float|None], rows:list[Tensor]) -> BNMoments:
         "Pool the moments in `rows`, which all have these `counts`"
-        # A mean over thousands of batches would stop moving in float32; that is all that MPS has
+        # A mean over thousands of batches would stop moving in float32, but MPS has no float64
         dtype = torch.float32 if rows[0].device.type=='mps' else torch.float64
         means,vars = torch.stack(rows, 1).to(dtype)
-        if self._last is None or self._last[0] != counts:  # of most batches they are those of the one before
+        if self._last is None or self._last[0] != counts:  # most batches have the counts of the batch before
             n = torch.tensor([n for k in self.channels for n in (counts.get(k, 0), 0)], dtype=dtype)
             self._last = counts,n.repeat_interleave(torch.tensor(widths(self.channels))).to(means.device)
         n = self._last[1]
@@ -77,7 +78,7 @@ def _is_unchanged(old:Tensor, new:Tensor) -> bool:
     return old is new or bool(((old == new) | (old.isnan() & new.isnan())).all())
 
 def _explains(seen:Moments, old:tuple, new:tuple) -> bool:
-    "Tell whether statistics went from `old` to `new` as by one batch with the moments `seen`, whatever the momentum"
+    "Tell whether one batch with the moments `seen` takes statistics from `old` to `new`, with any momentum"
     flat = lambda *ts: torch.cat([t.cpu().double() for t in ts])
     old,new = flat(*old[:2]),flat(*new[:2])
     step = new-old
@@ -90,13 +91,13 @@ def _explains(seen:Moments, old:tuple, new:tuple) -> bool:
 
 # %% ../nbs/01_capture.ipynb #9929ecb9
 class BNCapture:
-    "Moments of BN layers as `capture_moments` finds them"
+    "Collect moments of BN layers; `capture_moments` yields it"
     def __init__(self,
         layers:dict[str,nn.Module], # BN layers by name
     ):
         refuse_lazy(layers)
         self.layers = {k:m for k,m in layers.items() if m._buffers.get('running_mean') is not None}
-        self.uses = [Scratch(self.layers)] if self.layers else []  # the k-th has the k-th call of each layer in a batch
+        self.uses = [Scratch(self.layers)] if self.layers else []  # one per call of a layer in a batch
         self.reset()
 
     def buffers_for(self, name:str, own:tuple, momentum:float|None, n:int) -> tuple[tuple,float]:
@@ -111,19 +112,19 @@ class BNCapture:
         return s.buffers[name],1.
 
     def reset(self):
-        "Forget all that was seen"
-        self.kept = BNMoments()           # of batches before
-        self.rows,self.counts = [],{}     # of batches that are still to be pooled; the counts that these have
+        "Forget all moments"
+        self.kept = BNMoments()           # pooled moments of earlier batches
+        self.rows,self.counts = [],{}     # moments of batches that are not yet pooled, and their common counts
         self.momenta = {}
         self.forget()
 
     def forget(self):
-        "Forget what was seen since `next`. The scratch buffers are used again"
+        "Forget the moments since `next`, and reuse the scratch buffers"
         self.now = {}  # momenta of this batch
         for s in self.uses: s.reset()
 
     def next(self):
-        "Keep what was seen, and begin the next batch. Those that are alike are pooled together, in the time of one"
+        "Keep the moments of this batch, and begin the next. Up to 32 batches with equal counts are pooled at once"
         for s in self.uses:
             if not s.counts: break
             counts = all_counts(s.counts, self.layers)
@@ -142,7 +143,7 @@ class BNCapture:
         return name in self.now
 
     def run(self, name:str, m:nn.Module, own:tuple, forward, args:tuple, kwargs:dict):
-        "Run the `forward` of layer `m`, which has its `own` buffers, and keep the moments of what it normalises"
+        "Run the `forward` of layer `m`, which has its `own` buffers, and keep the moments of the values it normalises"
         if not is_native(forward) and sync_group(m) is None: return self._follow(name, m, own, forward, args, kwargs)
         n = first_tensor(args, kwargs).numel()//m.num_features
         lent,momentum = self.buffers_for(name, own, m.momentum, n)
@@ -151,7 +152,7 @@ class BNCapture:
         return forward(*args, **kwargs)
 
     def _follow(self, name:str, m:nn.Module, own:tuple, forward, args:tuple, kwargs:dict):
-        "Run a `forward` of the layer's own, on copies of its statistics"
+        "Run a `forward` that is not PyTorch's, on copies of the layer's statistics"
         calls = []
         copies = [o if o is None else o.clone() for o in own]
         m._buffers.update(zip(BUFFERS, copies))
@@ -169,20 +170,20 @@ class BNCapture:
     @torch.no_grad()
     def _by_hand(self, name:str, m:nn.Module, x:Tensor, own:tuple, new:tuple):
         "Keep the moments of `x`, if the layer's statistics follow them"
-        if all(map(_is_unchanged, own[:2], new[:2])): return  # it has only read them
+        if all(map(_is_unchanged, own[:2], new[:2])): return  # it has only read its statistics
         has_channels = x is not None and x.dim() > 1 and x.shape[1] == own[0].numel()
         seen = Moments.of(x) if has_channels else None
         if seen is None or not _explains(seen, own, new): raise ValueError(
-            f"BatchNorm layer '{name}' ({type(m).__name__}) has a forward of its own that cannot be followed: it "
-            "neither calls torch.nn.functional.batch_norm with its running statistics, nor updates these with the mean "
-            "and variance of its input. Let it do so, or train with bn_bs='window', which needs no moments")
+            f"BatchNorm layer '{name}' ({type(m).__name__}) has its own forward, which cannot be followed: it "
+            "neither calls torch.nn.functional.batch_norm with its running statistics, nor updates them with the mean "
+            "and variance of its input. Change its forward, or train with bn_bs='window', which needs no moments")
         (mean,var,_),_ = self.buffers_for(name, own, m.momentum, seen.count)
         mean.copy_(seen.mean)
         var.copy_(seen.m2/max(seen.count-1, 1))
 
     @property
     def moments(self) -> BNMoments:
-        "Get the moments of all that each layer saw. With `SyncBatchNorm` over several processes, all have to ask"
+        "Get the moments of all that each layer saw. With `SyncBatchNorm` it is a collective: read it in all processes"
         self.next()
         self._pool()
         return self.kept
@@ -192,15 +193,15 @@ class BNCapture:
 def capture_moments(
     layers:dict[str,nn.Module], # BN layers by name, as `bn_layers` gives them
 ):
-    """Have `layers` in training mode leave their moments in the `BNCapture` that is yielded, not in their statistics.
+    """Have `layers` in training mode leave their moments in the yielded `BNCapture`, not in their running statistics.
 
-    Raises `ValueError` for a lazy layer, one value per channel, and a layer whose own forward cannot be followed."""
+    Raises `ValueError` if a layer is lazy, gets one value per channel, or has a forward that cannot be followed."""
     cap = BNCapture(layers)
     with diverting(layers, lambda name: cap): yield cap
 
 # %% ../nbs/01_capture.ipynb #2d0865c5
 def _count(ms:list[nn.Module]):
-    "Count a batch more"
+    "Count one more batch"
     tracked = [m.num_batches_tracked for m in ms if m.num_batches_tracked is not None]
     if tracked: torch._foreach_add_(tracked, 1)
 
@@ -216,24 +217,24 @@ def _blend(old:list[Tensor], seen:list[Tensor], factors:list[float]) -> list[Ten
     return torch._foreach_add(torch._foreach_mul(old, [1-f for f in factors]), [n.to(o) for n,o in zip(seen, old)])
 
 def _factor(num_batches_tracked:Tensor|None, momentum:float|None) -> float:
-    "Weigh one more batch"
+    "Get the weight of one more batch"
     return momentum if momentum is not None else 1/(float(num_batches_tracked)+1)
 
 # %% ../nbs/01_capture.ipynb #6c644dbf
 @torch.no_grad()
 def update_running_stats(
     layers:dict[str,nn.Module], # BN layers by name
-    moments:BNMoments,          # What they saw; layers that saw nothing stay as they are
+    moments:BNMoments,          # Their moments; layers without moments stay unchanged
 ):
-    """Update the running statistics in place as one batch with these `moments` would have done.
+    """Update the running statistics in place, as one batch with these `moments` would.
 
-    Raises `KeyError` for moments of a layer that `layers` lacks."""
+    Raises `KeyError` if `moments` has a layer that `layers` lacks."""
     if not moments.counts: return
     ks = [k for k in moments.channels if k in moments.counts]
     ms = [layers[k] for k in ks]
     factors = [_factor(m.num_batches_tracked, moments.momenta.get(k, m.momentum)) for k,m in zip(ks, ms)]
     old = [m._buffers[name] for name in BUFFERS[:2] for m in ms]
-    # All of them or, after an interrupt, none
+    # An interrupt updates all of them or none
     torch._foreach_copy_(old, _blend(old, _means_and_vars(moments, ks), factors*2))
     _count(ms)
 
@@ -249,19 +250,19 @@ def count_batch(moments:Moments, buffers:tuple, momentum:float|None):
 
 # %% ../nbs/01_capture.ipynb #90d98981
 class BNUpdates:
-    "Running statistics of BN layers as `hold_updates` finds them"
+    "Hold updated copies of running statistics of BN layers; `hold_updates` yields it"
     def __init__(self): self._own,self._versions,self._new = {},{},{}
 
     def buffers_for(self, name:str, own:tuple, momentum:float|None, n:int) -> tuple[tuple,float|None]:
         "Lend copies of a layer's `own` running statistics, and its momentum"
-        if name not in self._new:  # not earlier: DistributedDataParallel may bring buffers of another process before
+        if name not in self._new:  # not earlier: DistributedDataParallel may first broadcast the buffers of rank 0
             self._own[name] = own
             self._versions[name] = [o if o is None else o._version for o in own]
             self._new[name] = tuple(o if o is None else o.clone() for o in own)
         return self._new[name],momentum
 
     def run(self, name:str, m:nn.Module, own:tuple, forward, args:tuple, kwargs:dict):
-        "Run the `forward` of layer `m` on the copies, or on what it has put in their place"
+        "Run the `forward` of layer `m` on the copies, or on the tensors that it has assigned in their place"
         m._buffers.update(zip(BUFFERS, self.buffers_for(name, own, m.momentum, 0)[0]))
         y = forward(*args, **kwargs)
         self._new[name] = buffers_of(m)
@@ -269,9 +270,9 @@ class BNUpdates:
 
     @torch.no_grad()
     def commit(self):
-        """Write what forward passes made of the copies into the layers' own buffers, in place.
+        """Write the updated copies into the layers' own buffers, in place.
 
-        What somebody else has written there since (`load_state_dict`) stays."""
+        Keep a buffer that other code (`load_state_dict`) has written to since."""
         pairs = [(own,new) for k in self._own for own,version,new in zip(self._own[k], self._versions[k], self._new[k])
                  if own is not None and new is not None and own._version == version]
         if pairs: torch._foreach_copy_(*map(list, zip(*pairs)))
@@ -280,6 +281,6 @@ class BNUpdates:
 def hold_updates(
     layers:dict[str,nn.Module], # BN layers by name, as `bn_layers` gives them
 ):
-    "Have `layers` in training mode update copies of their statistics; the `BNUpdates` that is yielded commits them"
+    "Have `layers` in training mode update copies of their statistics; the yielded `BNUpdates` commits the copies"
     updates = BNUpdates()
     with diverting(layers, lambda name: updates): yield updates

@@ -1,9 +1,9 @@
-"""For a while a BN layer's update goes to somebody else, and its own running statistics stay
+"""Send a BN layer's updates to a taker for a while, and leave its own running statistics alone
 
-Captures, held updates, windows and precise statistics have one thing in common: for a while a BatchNorm (BN) layer's
-update goes elsewhere. A **diverted** layer asks at each call who is to get it.
+Captures, held updates, windows and precise statistics have one thing in common: for a while they take a BatchNorm (BN)
+layer's updates. A **diverted** layer asks at each call who takes its update.
 
-You need this page to understand or to change that. To use `capture_moments` you do not.
+Read this page to understand or to change how layers are diverted. You do not need it to use `capture_moments`.
 
 Docs: the notebook nbs/00c_diversion.ipynb"""
 
@@ -24,7 +24,7 @@ __all__ = []
 
 # %% ../nbs/00c_diversion.ipynb #02006024
 class Diverted(StandIn):
-    "The `forward` of BN layer `m`, whose update goes to `taker(name)`, or into its own buffers where that is None"
+    "Stand in for the `forward` of BN layer `m`. Its update goes to `taker(name)`; None: to its own buffers"
     def __init__(self, name:str, m:nn.Module, taker):
         super().__init__(undiverted(m))
         self.name,self.m,self.taker = name,m,taker
@@ -43,7 +43,7 @@ class Diverted(StandIn):
             m.__dict__['momentum'] = momentum
 
 def diverted(m:nn.Module) -> Diverted|None:
-    "Get what stands in for the `forward` of `m`, if anything of ours does"
+    "Get the `Diverted` that stands in for the `forward` of `m`, if there is one"
     o = getattr(m.forward, '__self__', None)
     return o if isinstance(o, Diverted) else None
 
@@ -53,10 +53,10 @@ def undiverted(m:nn.Module):
     return m.forward if o is None else o.inner
 
 # %% ../nbs/00c_diversion.ipynb #14a79f28
-PLACES = 'forward',REDUCE  # where something stands in
+PLACES = 'forward',REDUCE  # attributes that stand-ins replace
 
 def _put_back(before:list):
-    "Give BN layers what they had: attributes of their own, momentum and buffers"
+    "Give BN layers their former attributes, momentum and buffers"
     for m,own,momentum,buffers in before:
         m._buffers.update(zip(BUFFERS, buffers))
         m.__dict__['momentum'] = momentum
@@ -72,7 +72,7 @@ def kept(layers:Iterable[nn.Module]):
 
 @contextmanager
 def diverting(layers:dict[str,nn.Module], taker, stands:dict[str,Diverted]|None=None):
-    "Within, updates of `layers` go to `taker(name)`. `stands`: what stood in before, to be used again"
+    "Send updates of `layers` to `taker(name)` within the block. `stands`: stand-ins of an earlier block, to reuse"
     refuse_lazy(layers)
     stands = {} if stands is None else stands
     with kept(layers.values()):

@@ -1,11 +1,10 @@
-"""How a DataLoader's epoch becomes windows, and how fastai's training loop runs inside them
+"""Divide a DataLoader's epoch into windows, and run fastai's training loop inside them
 
 `AccumulateGradBN` re-batches the training DataLoader, opens a window at the beginning of an epoch and closes it at the
-end, whatever is raised in between. This module is that part of it: a `Plan`, which only counts, and a callback's events
-around the training loop.
+end, whatever is raised in between. This module holds that part of the callback: a `Plan`, which only counts, and the
+events around the training loop.
 
-You need this page to understand or to change how windows begin and end. To use
-`AccumulateGradBN` you do not.
+Read this page to understand or to change how windows begin and end. You do not need it to use `AccumulateGradBN`.
 
 Docs: the notebook nbs/04a_epochs.ipynb"""
 
@@ -34,11 +33,11 @@ __all__ = []
 # %% ../nbs/04a_epochs.ipynb #a9b7a339
 @dataclass
 class Plan:
-    "How an epoch of a DataLoader becomes windows, and these BN batches"
+    "Divide an epoch of a DataLoader into windows, and windows into BN batches"
     n_step: int
     bn_bs: int|str|None
-    last: str        # What the short last window of an epoch does: 'step', 'drop', or 'carry' into the next epoch
-    n_inp: int|None  # inputs in a batch
+    last: str        # The short last window of an epoch: 'step', 'drop', or 'carry' into the next epoch
+    n_inp: int|None  # Inputs in a batch
 
     def rebatched(self, dl) -> BNBatches:
         "Make BN batches of `dl`"
@@ -52,7 +51,7 @@ class Plan:
         return 1 if self.bn_bs == 'window' else self.n_step*batch_size(dl)//self.bn_bs
 
     def n_windows(self, dl) -> int:
-        "Count the optimizer steps in an epoch of `dl`, by itself"
+        "Count the optimizer steps in a single epoch of `dl`"
         n = self.rebatched(dl).n_micro/self.n_step
         return math.floor(n) if self.last == 'drop' else math.ceil(n)
 
@@ -64,14 +63,14 @@ class Plan:
         return epochs*n_iter + min((rest+1)*self.per_step(dl), n_iter)
 
     def check(self, dl):
-        "Raise `ValueError` where no window can be made of an epoch of `dl`"
+        "Raise `ValueError` if no window can be made of an epoch of `dl`"
         n_iter,bs = len(dl),batch_size(dl)
         if not n_iter: raise ValueError(
             "The training DataLoader yields no batch: it is empty, or it has fewer than bs items and drops the last "
             "batch. Add data, or make it with a smaller bs or drop_last=False")
         if not self.n_windows(dl): raise ValueError(
-            f"`n_step` must be at most the {n_iter} batches of an epoch, got {self.n_step}: with last='drop' no "
-            "optimizer step is ever made. Use a smaller n_step or last='step'")
+            f"`n_step` must be at most the {n_iter} batches of an epoch, got {self.n_step}: with last='drop' "
+            "an epoch makes no optimizer step. Use a smaller n_step or last='step'")
         if is_count(self.bn_bs) and (not bs or self.n_step*bs % self.bn_bs):
             size = f'={self.n_step*bs}' if bs else ''
             raise ValueError(
@@ -80,39 +79,39 @@ class Plan:
 
 # %% ../nbs/04a_epochs.ipynb #4994c40c
 def _refuse_gan(learn:Learner):
-    "Raise `ValueError` where two models are trained in turn"
+    "Raise `ValueError` if a callback trains two models in turn"
     gan = sys.modules.get('fastai.vision.gan')
     if gan is not None and any(isinstance(cb, gan.GANTrainer) for cb in learn.cbs): raise ValueError(
-        "GANTrainer trains generator and critic in turn, and a window would have gradients of both. Use "
-        "bn_bs='window', where each batch is a whole step")
+        "GANTrainer trains generator and critic in turn, so a window would mix gradients of both. Use "
+        "bn_bs='window', which makes each batch a whole step")
 
 def _refuse_others(learn:Learner, own:Callback):
-    "Raise `ValueError` for others that accumulate, and for copies of the model"
+    "Raise `ValueError` beside other callbacks that accumulate, and for copies of the model"
     others = [cb for cb in learn.cbs if isinstance(cb, (GradientAccumulation,WindowedEpochs)) and cb is not own]
     if others: raise ValueError(
-        f"{others[0].name} accumulates gradients too. Remove it: AccumulateGradBN does all of it")
+        f"{others[0].name} accumulates gradients, too. Remove it: AccumulateGradBN replaces it")
     if isinstance(learn.model, nn.DataParallel):
-        # `learn.parallel_ctx` leaves that to the end of a fit
+        # `learn.parallel_ctx` would unwrap the model only at the end of a fit
         if hasattr(learn, 'parallel_trainer'): learn.model = learn.model.module
         raise ValueError(
             "AccumulateGradBN cannot follow the copies that DataParallel makes of the model. Use learn.distrib_ctx()")
 
 # %% ../nbs/04a_epochs.ipynb #c444b85c
 class EpochWindow(Callback):
-    "The window of the epoch at hand, which may go on with that of the epoch before"
+    "Keep the window of the current epoch, which may continue the window of the previous epoch"
     run_valid = False
     window = batches = _last_window = None
-    is_end = False  # does the window end with the epoch, short as it may be?
-    _aside = ()     # gradients of a window between two epochs: parameter, gradient
-    _begun = 0      # fits and validations that have begun since, and did not end
-    # What `learn.export` leaves out: the epoch under way
+    is_end = False  # does the window end with the epoch, even if it is short?
+    _aside = ()     # pairs of parameter and gradient of a window between two epochs
+    _begun = 0      # fits and validations that have begun since, and have not ended
+    # `learn.export` leaves out the state of the epoch under way
     _stateattrs = 'window','batches','_last_window','is_end','_aside','_begun','_params','_trained'
 
     @property
     def plan(self) -> Plan: return Plan(self.n_step, self.bn_bs, self.last, getattr(self.dls, 'n_inp', None))
 
     def open(self):
-        "Open a window of the learner's model: that of the epoch before, if it is the same"
+        "Open a window of the learner's model; reuse the window of the previous epoch if the model is the same"
         grads = lambda: [] if self.opt is None else [p.grad for p,*_ in self.opt.all_params(with_grad=True)]
         window = self._last_window
         if window is None or window.model is not self.model or window.layers != bn_layers(self.model):
@@ -121,7 +120,7 @@ class EpochWindow(Callback):
         self.window = self._last_window = window
 
     def begin_epoch(self):
-        "Open the window and, if it goes on, bring back its gradients"
+        "Open the window and, if it continues, bring back its gradients"
         self.is_end = self.last == 'step' or self.last == 'carry' and self.epoch+1 >= self.n_epoch
         if self._begun: self.let_go()  # another fit
         self.open()
@@ -130,28 +129,28 @@ class EpochWindow(Callback):
         self._aside = ()
 
     def carry(self):
-        "Set the window aside, with its gradients: until it goes on, `.grad` is anybody's"
+        "Set the window and its gradients aside. Until it continues, other code may use `.grad`"
         self._aside = [(p, p.grad) for p,*_ in self.opt.all_params(with_grad=True)]
         for p,_ in self._aside: p.grad = None
         self.window,self._begun = None,0
 
     def let_go(self):
-        "Let go of the model, and of what was carried"
+        "Release the model and the carried window"
         self._last_window,self._aside,self._begun = None,(),0
 
     def before_fit(self): self._begun += 1
 
     def after_fit(self):
-        "Let go, if that was the fit: both events come with each `learn.validate`, too"
+        "Release both at the end of a fit. `learn.validate` also calls `before_fit` and `after_fit`"
         self._begun -= 1
         if self.window is None and (self._begun < 0 or not self._aside): self.let_go()
 
 def refuse_change(n:int):
-    "Raise `ValueError` where a window has gradients of another model, or of other parameters"
+    "Raise `ValueError`: the window has gradients of another model, or of other parameters"
     raise ValueError(
-        f"A window has gradients of {n} micro-batches, but within it a callback has begun to train another model or "
-        "other parameters. Use bn_bs='window', where each batch is a whole step, or switch between windows (with "
-        "last='carry' an epoch may end within one)")
+        f"The window has gradients of {n} micro-batches, but a callback has begun to train another model or other "
+        "parameters within it. Use bn_bs='window', which makes each batch a whole step, or switch between windows "
+        "(with last='carry' an epoch may end within a window)")
 
 # %% ../nbs/04a_epochs.ipynb #3bcb4597
 class WindowedEpochs(EpochWindow):
@@ -167,7 +166,7 @@ class WindowedEpochs(EpochWindow):
         stand_in(learn, 'all_batches', Instead(learn.all_batches, partial(self._all_batches, learn)))
 
     def check(self, dl):
-        "Raise `ValueError` where the fit cannot work with an epoch of `dl`"
+        "Raise `ValueError` if the fit cannot work with an epoch of `dl`"
         self.plan.check(dl)
         if self.plan.per_step(dl) > 1: _refuse_gan(self.learn)
         _refuse_others(self.learn, self)
@@ -177,10 +176,10 @@ class WindowedEpochs(EpochWindow):
         try:
             if self.is_running: raise RuntimeError(
                 "A fit within a training epoch of the same learner would end that epoch's window, and leave the "
-                "learner without its batch. Do so in after_epoch, or with a copy of the learner")
+                "learner without its batch. Fit in after_epoch, or fit a copy of the learner")
             if 'all_batches' not in vars(self.learn): raise RuntimeError(
                 "AccumulateGradBN missed the beginning of this epoch: it was added in before_epoch, or a fit or "
-                "validation of this learner ran there. Do so before the fit or in after_epoch")
+                "validation of this learner ran there. Do either before the fit or in after_epoch")
             self.check(self.dl)
             self.learn.dl = self.batches = self.plan.rebatched(self.dl)
             self.begin_epoch()
@@ -200,10 +199,10 @@ class WindowedEpochs(EpochWindow):
         insist(close)
 
     def after_train(self):
-        "Step for what is left of the epoch, unless that is carried on, and close"
+        "Make a step with an open window, or carry the window on, and close"
         learn,w = self.learn,self.window
         if w is not None and w.count and self.is_end:
-            # Somebody's `learn.validate` may have left `training` False
+            # A call of `learn.validate` may have left `training` False
             with replaced(learn, 'training', True), inside(learn, '_step', self.stepping):
                 try: learn._with_events(learn._step, 'step', CancelStepException)
                 except CancelBatchException: pass
@@ -217,7 +216,7 @@ class WindowedEpochs(EpochWindow):
     def after_cancel_epoch(self): self.close()
 
     def after_cancel_fit(self):
-        "Drop what was carried, too"
+        "Drop the carried window, too"
         self.close()
         self.let_go()
 
@@ -234,7 +233,7 @@ class WindowedEpochs(EpochWindow):
         except CannotJoin as e:
             self.close()
             raise ValueError(
-                f"`bn_bs` must be None where micro-batches cannot be joined to a BN batch, got {self.bn_bs!r}: "
+                f"`bn_bs` must be None if micro-batches cannot be joined to a BN batch, got {self.bn_bs!r}: "
                 f"{e}. Give all items one size (Resize, or padding to a fixed size), or use bn_bs=None") from e
         except BaseException:
             self.close()

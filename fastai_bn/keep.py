@@ -1,20 +1,21 @@
-"""`keep_running_stats`: passes that leave BN's running statistics alone, as checkpointing's second one
+"""`keep_running_stats`: run passes that leave BN's running statistics alone, as checkpointing needs
 
 Activation checkpointing runs parts of a model twice, once in the forward pass and once more in the backward pass. In
-training mode each BatchNorm (BN) layer there updates its running statistics twice with the same batch, whichever kind
-of checkpointing it is. Within `keep_running_stats` a BN layer normalises by its batch, to the last bit as ever, and
-leaves `running_mean`, `running_var` and `num_batches_tracked` alone:
+training mode each BatchNorm (BN) layer in these parts updates its running statistics twice with the same batch, with
+every kind of checkpointing. Within `keep_running_stats` a BN layer normalises with the statistics of its batch, bit for
+bit as before, and leaves `running_mean`, `running_var` and `num_batches_tracked` alone:
 
 ```python
 loss = loss_func(model(xb), yb)                          # layers that checkpoint themselves, in any way
-with keep_running_stats(model): loss.backward()          # what runs again here does not count
+with keep_running_stats(model): loss.backward()          # layers that run again here do not count
 ```
 
-It serves every pass that should not count: an attack for adversarial training, the second pass of SAM, GradCache's
-first, or a look at the training loss.
+Use it for every pass that should not count: an attack for adversarial training, the second pass of SAM, the first pass
+of GradCache, or a look at the training loss.
 
-**Use it** in your own loop. **Do without** in a `Learner` with `AccumulateGradBN` and in a `Window`: they know what is
-computed again. To have what the layers saw, take `capture_moments`; to decide later, `hold_updates`.
+**Use it** in your own loop. **Do without** in a `Learner` with `AccumulateGradBN` and in a `Window`: they recognise
+layers that run again. To read what the layers saw, use `capture_moments`. To decide later whether an update counts, use
+`hold_updates`.
 
 Docs: the notebook nbs/01b_keep.ipynb"""
 
@@ -47,7 +48,7 @@ NOBODY = Nobody()
 def nobody(name:str) -> Nobody: return NOBODY
 
 def is_kept(m:nn.Module) -> bool:
-    "Tell whether the updates of BN layer `m` are for nobody already"
+    "Tell whether the updates of BN layer `m` are already discarded"
     stand = diverted(m)
     return stand is not None and stand.taker is nobody
 
@@ -55,18 +56,18 @@ def is_kept(m:nn.Module) -> bool:
 class keep_running_stats:
     """Have BN layers normalise by the batch and leave their running statistics alone, within a `with` statement.
 
-    Layers in training mode normalise as ever, with the same bits. Layers in eval mode, and those without running
-    statistics, run as they are. It can be entered several times. Within, the innermost context has the say:
-    `capture_moments`, `hold_updates` and a `Window` that begin inside get their updates.
-    Raises `ValueError` for a lazy layer and for `DataParallel`, and at a call on one value per channel."""
+    Layers in training mode normalise as before, bit for bit. Layers in eval mode or without running statistics run
+    unchanged. The context can be entered several times. The innermost context takes the updates: `capture_moments`,
+    `hold_updates` and a `Window` that begin inside get theirs.
+    Raises `ValueError` if a layer is lazy, if `model` is a `DataParallel`, or if a layer gets one value per channel."""
     def __init__(self,
-        model:nn.Module, # Model, part of a model or BN layer. Its modes may change within
+        model:nn.Module, # Model, part of a model, or BN layer. It may change between training and eval mode
     ):
         if isinstance(model, nn.DataParallel): raise ValueError(
             "`model` must be a module that runs itself, got DataParallel. Its copies on other devices cannot be "
             "followed: use DistributedDataParallel")
         self.model = model
-        self._open,self._stands = [],{}  # the same objects stand in each time: others might be compiled again
+        self._open,self._stands = [],{}  # the same stand-ins each time: new ones might be compiled again
 
     def __enter__(self):
         layers = {k:m for k,m in bn_layers(self.model).items() if not is_kept(m)}

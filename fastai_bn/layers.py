@@ -1,9 +1,10 @@
 """Its running statistics, its own `forward`, and the errors that name it
 
-Small questions to a BatchNorm (BN) layer that several modules have: which buffers are its running statistics, would a
-call update them, does it normalise in PyTorch's own way? And two errors that name the layer and the remedy.
+Several modules ask the same questions of a BatchNorm (BN) layer. Which buffers are its running statistics? Would a call
+update them? Does it normalise in PyTorch's own way? This module answers them, and defines two errors that name the
+layer and the remedy.
 
-You need this page to understand or to change how the package looks at layers. To use it you do not.
+Read this page to understand or to change how the package inspects layers. You do not need it to use the package.
 
 Docs: the notebook nbs/00a_layers.ipynb"""
 
@@ -23,7 +24,7 @@ __all__ = []
 BUFFERS = 'running_mean','running_var','num_batches_tracked'
 
 def buffers_of(m:nn.Module) -> tuple:
-    "Get the running statistics of `m`: mean, variance, number of batches; None for what it does not have"
+    "Get the running statistics of `m`: mean, variance, number of batches; None for each that it does not have"
     get = m._buffers.get
     return get('running_mean'),get('running_var'),get('num_batches_tracked')
 
@@ -33,14 +34,14 @@ def updates_stats(m:nn.Module) -> bool:
 
 # %% ../nbs/00a_layers.ipynb #20035576
 def refuse_lazy(layers:dict[str,nn.Module]):
-    "Raise `ValueError` for a BN layer that does not know its channels yet"
+    "Raise `ValueError` if a BN layer does not know its channels yet"
     for k,m in layers.items():
         if isinstance(m, _LazyNormBase): raise ValueError(
             f"BatchNorm layer '{k}' is lazy ({type(m).__name__}) and does not know its channels yet: run a batch "
-            "through the model first, as model(xb)")
+            "through the model first, with model(xb)")
 
 def one_value(name:str, m:nn.Module, x:Tensor) -> ValueError:
-    "Say what to do when BN layer `m` gets one value per channel"
+    "Make the error for BN layer `m` that gets one value per channel"
     return ValueError(
         f"BatchNorm cannot normalise one value per channel: layer '{name}' ({type(m).__name__}, {m.num_features} "
         f"channels) got an input of shape {list(x.shape)} in training mode. Use a batch of at least 2 samples there "
@@ -55,7 +56,7 @@ def first_tensor(args:tuple, kwargs:dict) -> Tensor|None:
 
 # %% ../nbs/00a_layers.ipynb #1d8a6b08
 class ReplaceBatchNorm(overrides.TorchFunctionMode):
-    "Within, `F.batch_norm` is `f`"
+    "Replace `F.batch_norm` by `f` within the block"
     def __init__(self, f):
         super().__init__()
         self.f,self.called = f,False
@@ -65,5 +66,5 @@ class ReplaceBatchNorm(overrides.TorchFunctionMode):
         return self.f(*args, **kwargs or {})
 
 def is_native(forward) -> bool:
-    "Tell whether `forward` is PyTorch's own: one call of a kernel, on all of the input"
+    "Tell whether `forward` is PyTorch's own: one kernel call on the whole input"
     return getattr(forward, '__func__', None) in (_BatchNorm.forward, nn.SyncBatchNorm.forward)

@@ -1,12 +1,12 @@
-"""Count, mean and M2 of what BatchNorm layers see: statistics that merge
+"""Count, mean and M2 of the values that BatchNorm layers see: statistics that merge
 
 Everything in this package rests on one question: *which values did this BatchNorm (BN) layer see?* The answer is three
-numbers per channel, their **moments**: the count, the mean and M2, the sum of squared deviations from the mean. Moments
-of two batches merge exactly into those of both, so the statistics of 16 micro-batches, or of 10,000 samples, need no
-more memory than those of one.
+numbers per channel, the **moments** of these values: the count, the mean and M2, the sum of squared deviations from the
+mean. The moments of two batches merge exactly into those of both together. So the statistics of 16 micro-batches, or of
+10,000 samples, need no more memory than those of one micro-batch.
 
-This module knows nothing of a fastai `Learner` and works in any PyTorch loop. You rarely need it directly: use
-`AccumulateGradBN` to train and `precise_bn` after it. To see what BN layers see, go on with `capture_moments`.
+This module needs no fastai `Learner` and works in any PyTorch loop. You rarely need it directly: use `AccumulateGradBN`
+for training and `precise_bn` afterwards. To see what BN layers see, use `capture_moments`.
 
 Docs: the notebook nbs/00_moments.ipynb"""
 
@@ -57,7 +57,7 @@ class Moments:
 
 # %% ../nbs/00_moments.ipynb #fe187f51
 def _merge(a:Moments, b:Moments) -> Moments:
-    "Merge two (Chan et al. 1979, eq. 2.1)"
+    "Merge two sets of moments (Chan et al. 1979, eq. 2.1)"
     n = a.count+b.count
     delta = b.mean-a.mean
     share = b.count/(n.clamp(min=1) if isinstance(n, Tensor) else max(n, 1))
@@ -70,7 +70,7 @@ def _as_like(x:float|Tensor, t:Tensor) -> Tensor: return torch.as_tensor(x, dtyp
 def bn_layers(
     model:nn.Module, # Any module
 ) -> dict[str,nn.Module]: # The layers by name, in the order of `model.modules()`; a shared layer once
-    "The BN layers of `model`: all instances of `_BatchNorm`, so `BatchNorm1d/2d/3d`, `SyncBatchNorm` and subclasses"
+    "Find the BN layers of `model`: instances of `_BatchNorm` (`BatchNorm1d/2d/3d`, `SyncBatchNorm`, subclasses)"
     return {n:m for n,m in model.named_modules() if isinstance(m, _BatchNorm)}
 
 # %% ../nbs/00_moments.ipynb #5bf7bd4d
@@ -79,18 +79,18 @@ def widths(channels:dict[str,int]) -> list[int]:
     return [o for c in channels.values() for o in (c, -c%64)]
 
 def split_channels(flat:Tensor, channels:dict[str,int]) -> tuple[Tensor,...]:
-    "Take apart what stands side by side: a slice per layer"
+    "Split moments that stand side by side into a slice per layer"
     return flat.split(widths(channels))[::2]
 
 # %% ../nbs/00_moments.ipynb #8dd6f3d3
 class BNMoments:
-    "Moments of a model's BN layers by name, as `capture_moments` gives them. A layer that saw nothing is missing"
+    "Hold the moments of a model's BN layers by name, as captured. A layer that saw nothing is missing"
     def __init__(self,
-        channels:dict[str,int]|None=None,       # Number of channels by layer name; None: nothing was seen at all
-        counts:dict[str,float]|None=None,       # Values per channel by layer name, of layers that saw any
-        whole:Moments|None=None,                # Of all layers side by side, as `split_channels` takes them apart
-        momenta:dict[str,float|None]|None=None, # The layers' `momentum` when they saw it. Missing: that at the end
-        within:Tensor|None=None,                # What of M2 is within batches, side by side; None: all of it
+        channels:dict[str,int]|None=None,       # Number of channels by layer name; None: no layer saw anything
+        counts:dict[str,float]|None=None,       # Values per channel by name of each layer that saw any
+        whole:Moments|None=None,                # Moments of all layers side by side; `split_channels` splits them
+        momenta:dict[str,float|None]|None=None, # `momentum` of each layer at its call. Missing: that at the end
+        within:Tensor|None=None,                # Part of M2 that is within batches, side by side; None: all of it
     ):
         self.channels,self.counts = channels or {},counts or {}
         self.whole,self.momenta = whole,momenta or {}
@@ -103,11 +103,11 @@ class BNMoments:
         return [(k,Moments(self.counts[k], mean, m2)) for k,mean,m2 in parts if k in self.counts]
 
     def merge(self,
-        other:BNMoments, # Of the same layers
-    ) -> BNMoments:      # New moments; neither changes
+        other:BNMoments, # Moments of the same layers
+    ) -> BNMoments:      # New moments; neither `self` nor `other` changes
         "Merge the moments of both. Raises `ValueError` if they are of different layers"
         if not (self.counts and other.counts): return self if self.counts else other
-        if self.channels != other.channels: raise ValueError("Moments of different layers do not merge")
+        if self.channels != other.channels: raise ValueError("Moments of different layers cannot be merged")
         counts = {**self.counts, **{k:n+self.counts.get(k, 0) for k,n in other.counts.items()}}
         momenta = {**self.momenta, **other.momenta}
         return BNMoments(self.channels, counts, self.whole.merge(other.whole), momenta, self.within+other.within)
@@ -116,7 +116,7 @@ class BNMoments:
 _all_ = ['BNCapture', 'BNUpdates', 'capture_moments', 'hold_updates', 'update_running_stats']
 
 def __getattr__(name:str):
-    "Find what has moved to `fastai_bn.capture`"
+    "Find names that have moved to `fastai_bn.capture`"
     if name not in _all_: raise AttributeError(f"module 'fastai_bn.moments' has no attribute '{name}'")
     from fastai_bn import capture
     return getattr(capture, name)

@@ -1,10 +1,10 @@
-"""Which processes train together, over which of them BN normalises, and what they add up
+"""Find the processes that train together and those over which BN normalises, and sum over them
 
-With DistributedDataParallel every process computes its share of a batch, and with `SyncBatchNorm` BatchNorm (BN)
-normalises over all of them. This module knows the groups and adds up over them. Several processes
-tells what a user does.
+With DistributedDataParallel every process computes its share of a batch. With `SyncBatchNorm`, BatchNorm (BN)
+normalises over all these processes. This module finds the process groups and sums over them.
 
-You need this page to understand or to change how processes agree. To use the package in several processes you do not.
+Read this page to understand or to change how processes agree. To use the package in several processes, read the page
+"Several processes" instead.
 
 Docs: the notebook nbs/00b_processes.ipynb"""
 
@@ -33,7 +33,7 @@ def sync_group(m:nn.Module):
 
 @contextmanager
 def without_sync(layers:Iterable[nn.Module]):
-    "Within, `SyncBatchNorm` layers normalise by themselves, as if this process were outside their group"
+    "Have `SyncBatchNorm` layers normalise over this process alone, as if it were outside their group"
     before = [(m,m.process_group) for m in layers if sync_group(m) is not None]
     try:
         for m,_ in before: m.process_group = dist.GroupMember.NON_GROUP_MEMBER
@@ -41,7 +41,7 @@ def without_sync(layers:Iterable[nn.Module]):
     finally: insist(lambda: [setattr(m, 'process_group', g) for m,g in before])
 
 def all_counts(counts:dict[str,int], layers:dict[str,nn.Module]) -> dict[str,int]:
-    "Count the values per channel that each layer normalised together: with `SyncBatchNorm` those of all processes"
+    "Count the values per channel that each layer normalised over: with `SyncBatchNorm` those of all processes"
     groups = {}
     for k in counts:
         if (g := sync_group(layers[k])) is not None: groups.setdefault(g, []).append(k)
@@ -54,23 +54,23 @@ def all_counts(counts:dict[str,int], layers:dict[str,nn.Module]) -> dict[str,int
 
 # %% ../nbs/00b_processes.ipynb #31456aa9
 class Ranks:
-    "The processes that train `model` together, whose BN layers are `layers`"
+    "Reduce over the processes that train `model`, with the BN `layers`, together"
     def __init__(self, model:nn.Module, layers:dict[str,nn.Module]):
         self.model,self.layers = model,layers
         self.is_distributed = isinstance(model, nn.parallel.DistributedDataParallel)
 
     def sync_group(self):
-        "Get the processes over which `SyncBatchNorm` layers normalise now; None: there are none"
+        "Get the group over which `SyncBatchNorm` layers normalise now; None: no group"
         if not (dist.is_available() and dist.is_initialized()): return None
         return next((g for m in self.layers.values() if m.training and (g := sync_group(m)) is not None), None)
 
     def wait(self) -> bool:
-        "Tell whether others may wait in the backward pass of this one"
+        "Tell whether other processes may wait for this process in the backward pass"
         return self.is_distributed or self.sync_group() is not None
 
     @contextmanager
     def micro_batch(self, last:bool, preds:list):
-        "Average gradients in the `last` micro-batch alone. `preds` gets predictions, where others may wait for them"
+        "Average gradients in the `last` micro-batch alone. Add predictions to `preds` if other processes may wait"
         with ExitStack() as stack:
             if not last and hasattr(self.model, 'no_sync'): stack.enter_context(self.model.no_sync())
             if self.wait():
@@ -85,7 +85,7 @@ class Ranks:
         return t.item()
 
     def total(self, x:float) -> tuple[float,int]:
-        "Sum `x` over the processes of DistributedDataParallel, and count these"
+        "Sum `x` over the processes of DistributedDataParallel, and count the processes"
         if not self.is_distributed: return x,1
         group = self.model.process_group
         return self.all_reduced(x, group, dist.ReduceOp.SUM),dist.get_world_size(group)

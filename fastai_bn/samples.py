@@ -1,17 +1,17 @@
-"""The one place that knows what a sample is: batches are counted, cut and joined
+"""Count, cut and join the samples of a batch: the one place that defines what a sample is
 
-Micro-batches are joined to the batch that BatchNorm sees, batches are cut into pieces, losses are weighed by samples.
-All of that has to know what a **sample** is in a batch that may be tensors, arrays, tuples, lists and dicts within one
-another. There is one definition, and it stands here:
+The package joins micro-batches to the batch that BatchNorm sees, cuts batches into pieces, and weights losses by their
+samples. For each it has to know what a **sample** is. A batch may nest tensors, arrays, tuples, lists and dicts. This
+module defines samples in one place:
 
-- **The batch's size is that of its inputs**, not of the targets: eight images are eight samples, whatever boxes or
-  characters belong to them.
-- **A list as long as the batch holds an entry per sample** (the boxes of each image, its file name), and goes one
-  behind the other. A list of tensors that have all samples themselves is a structure: several inputs.
-- **What has no samples is the same in all batches**: a temperature, class weights.
-- What cannot be joined raises a `ValueError` that says what it is.
+- **The size of the batch is that of its inputs**, not of its targets: eight images are eight samples, however many
+  boxes or characters belong to them.
+- **A list as long as the batch holds one entry per sample** (the boxes of each image, its file name). Such lists are
+  joined one behind the other. A list of tensors that each hold all samples is a structure: several inputs.
+- **Parts without samples are the same in all batches**: a temperature, class weights.
+- If a part cannot be joined, `join` raises a `ValueError` that shows the part.
 
-All functions work in any PyTorch loop. `fastai_bn.batches` has them, too.
+All functions work in any PyTorch loop. You can import them from `fastai_bn.batches`, too.
 
 Docs: the notebook nbs/01a_samples.ipynb"""
 
@@ -42,29 +42,29 @@ def _is_array(o) -> bool: return isinstance(o, (Tensor,np.ndarray))
 def _is_list(o) -> bool: return isinstance(o, (tuple,list,L))
 
 def _rows(o) -> int|None:
-    "Count the rows of a tensor or array; None for what has none"
+    "Count the rows of a tensor or array; None for a scalar or another type"
     return len(o) if _is_array(o) and o.ndim else None
 
 def _has_samples(o, n:int) -> bool:
-    "Tell whether `o` is of `n` samples as a stacked tensor is, or has such a tensor in it"
+    "Tell whether `o` is a stacked tensor of `n` samples, or contains such a tensor"
     return _rows(o) == n or _is_list(o) and any(_has_samples(e, n) for e in o)
 
 def _sizes(o) -> list[int]:
-    "List the numbers of samples that `o` may have: rows of its first tensor, lengths of the lists around it"
+    "List the possible numbers of samples of `o`: rows of its first tensor, lengths of the lists around it"
     if _is_array(o): return [len(o)] if o.ndim else []
     if isinstance(o, Mapping): return _first_sizes(o.values())
     if not _is_list(o) or not len(o): return []
     return [len(o)] if isinstance(o[0], Mapping) else [*_first_sizes(o), len(o)]
 
 def _first_sizes(os) -> list[int]:
-    "List those of the first of `os` that has any"
+    "List the possible numbers of samples of the first of `os` that has any"
     return next((s for o in os if (s := _sizes(o))), [])
 
 # %% ../nbs/01a_samples.ipynb #21fcb05d
 def n_samples(
     xb:tuple,         # The inputs of a batch
     yb:tuple=(),      # Its targets
-    bs:int|None=None, # Samples in a full batch, where that is known
+    bs:int|None=None, # Samples in a full batch, if known
 ) -> int:
     "Count the samples of a batch: the rows of its first input, or the length of a list of samples. 0: nothing to count"
     parts = [*xb, *yb]
@@ -87,22 +87,22 @@ def size_of(b, n_inp:int|None=None, bs:int|None=None) -> int:
 
 # %% ../nbs/01a_samples.ipynb #df64b963
 def _is_of_samples(o, n:int) -> bool:
-    "Tell whether `o` can only be a list of `n` samples"
+    "Tell whether `o` is a list that can only hold `n` samples"
     if not _is_list(o) or hasattr(o, '_fields') or len(o) != n: return False
     return n > 0 and not any(_has_samples(e, n) for e in o) and not isinstance(o[0], (str,bytes))
 
 def _parts(b) -> list:
-    "List what is in `b`"
+    "List the parts of `b`"
     if isinstance(b, Mapping): return list(b.values())
     return list(b) if _is_list(b) else []
 
 def _lists_of(b, n:int) -> set[type]:
-    "Find the types of the lists in batch `b`, of `n` samples, that can only be of samples"
+    "Find the types of the lists that can only hold samples, in batch `b` of `n` samples"
     found = [{type(o)} if _is_of_samples(o, n) else _lists_of(o, n) for o in _parts(b)]
     return set().union(*found)
 
 def _is_per_sample(o, n:int, lists:set[type]) -> bool:
-    "Tell whether list `o`, in a batch of `n` samples, holds one entry per sample. `lists`: those types do, if they can"
+    "Tell whether list `o`, in a batch of `n` samples, holds one entry per sample. Types in `lists` do, if they can"
     if hasattr(o, '_fields') or len(o) != n or not n: return False
     have = [_has_samples(e, n) for e in o]
     if type(o) in lists or not any(have): return True
@@ -114,7 +114,7 @@ def rebuild(like, parts):
 
 # %% ../nbs/01a_samples.ipynb #ab128d9a
 def _lengths(b, n:int, rows:int) -> list[int]|None:
-    "Find lengths of `n` samples that are `rows` together, in batch `b`"
+    "Find lengths of `n` samples in batch `b` that sum to `rows`"
     if _is_array(b):
         if b.ndim != 1 or len(b) != n: return None
         lengths = b.tolist()
@@ -123,7 +123,7 @@ def _lengths(b, n:int, rows:int) -> list[int]|None:
     return next((s for o in _parts(b) if (s := _lengths(o, n, rows)) is not None), None)
 
 def _slices(o, sizes:list[int]) -> list:
-    if isinstance(o, Tensor): return list(o.split(sizes))  # one node: slices would each give a gradient of full size
+    if isinstance(o, Tensor): return list(o.split(sizes))  # one node: each slice would make a gradient of full size
     return [o[end-n:end] for n,end in zip(sizes, accumulate(sizes))]
 
 # %% ../nbs/01a_samples.ipynb #d50c1f15
@@ -138,7 +138,7 @@ def _cut(o, sizes:list[int], whole, lists:set[type]) -> list:
     return [rebuild(o, [v[i] for v in parts]) for i in range(len(sizes))]
 
 def _cut_array(o, sizes:list[int], whole) -> list:
-    "Cut a tensor or array by its rows, or by the lengths of samples that `whole` has. All else goes to each piece"
+    "Cut a tensor or array by its rows, or by the lengths of samples in `whole`; else give it to each piece whole"
     n,rows = sum(sizes),_rows(o)
     if rows == n: return _slices(o, sizes)
     lengths = _lengths(whole, n, rows) if rows else None
@@ -148,9 +148,9 @@ def _cut_array(o, sizes:list[int], whole) -> list:
 
 def cut(
     b,               # A tuple or list of parts (inputs, targets), or a dict of them
-    sizes:list[int], # Samples of each piece. Together those of the batch
+    sizes:list[int], # Samples of each piece; their sum is that of the batch
 ) -> list: # The pieces
-    "Cut a batch into pieces. What does not have its samples goes to all"
+    "Cut a batch into pieces. Each piece gets parts without samples whole"
     lists,k = _lists_of(b, sum(sizes)),range(len(sizes))
     if not _is_list(b): return _cut(b, sizes, b, lists)
     parts = [_cut(o, sizes, b, lists) for o in b]
@@ -158,7 +158,7 @@ def cut(
 
 # %% ../nbs/01a_samples.ipynb #6de9446b
 def _order(t:Tensor) -> list[int]:
-    "List the dimensions of `t` from the outermost in memory to the innermost; of one stride, size 1 is further in"
+    "List dimensions of `t` from outermost to innermost in memory; of equal strides, size 1 is innermost"
     return sorted(range(t.dim()), key=lambda d: (-t.stride(d), t.shape[d] == 1))
 
 def _cat(ts:list[Tensor]) -> Tensor:
@@ -171,16 +171,16 @@ def _cat(ts:list[Tensor]) -> Tensor:
 
 # %% ../nbs/01a_samples.ipynb #239e7082
 def _is_same(a, b) -> bool:
-    "Tell whether `a` equals `b`, whatever they are"
+    "Tell whether `a` equals `b`, of any types"
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if _is_array(a) or _is_array(b): return np.array_equal(a, b)
     return bool(a == b)
 
-class CannotJoin(ValueError): "Parts of batches that cannot be put one behind the other"
+class CannotJoin(ValueError): "Tell that parts of batches cannot be joined"
 
 def _what(os:list) -> str:
-    "Say what parts are that cannot be joined"
+    "Describe parts that cannot be joined"
     return ', '.join(dict.fromkeys(map(_kind, os)))
 
 def _cannot_join(os:list, name:str) -> CannotJoin: return CannotJoin(f"{name} is of {_what(os)}")
@@ -195,7 +195,7 @@ class _Joiner:
     "Join parts of batches"
     sizes: list        # Samples of each batch
     wholes: list       # The batches
-    lists: set         # Types of lists that hold an entry per sample, if they can
+    lists: set         # Types of lists that hold one entry per sample, if they can
 
     def join(self, os:list, name:str):
         "Join `os`, parts of the batches"
@@ -217,7 +217,7 @@ class _Joiner:
         return type(os[0])({k:self.join([e[k] for e in os], f'{name}[{k!r}]') for k in os[0]})
 
     def _lists(self, os:list, name:str):
-        "Join lists of samples, or of as many parts"
+        "Join lists of samples, or lists of equally many parts"
         per_sample = all(_is_per_sample(e, n, self.lists) for e,n in zip(os, self.sizes))
         if per_sample: return rebuild(os[0], [v for e in os for v in e])
         if len({len(e) for e in os}) > 1: raise _cannot_join(os, name)
@@ -230,24 +230,24 @@ class _Joiner:
         if all(_is_same(o, os[0]) for o in os[1:]): return os[0]
         n = ', '.join(map(str, dict.fromkeys(self.sizes)))
         raise CannotJoin(
-            f"{name} is of {_what(os)} for {n} samples: it has no row per sample, and is not the same in all")
+            f"{name} is of {_what(os)} for {n} samples: it has no row per sample, and differs between batches")
 
     def _are_stacked(self, os:list) -> bool:
-        "Have all the same number of rows per sample?"
+        "Tell whether all have the same number of rows per sample"
         k = next((len(o)//n for o,n in zip(os, self.sizes) if n), 1)
         return k > 0 and all(len(o) == k*n for o,n in zip(os, self.sizes))
 
     def _have_lengths(self, os:list) -> bool:
-        "Do lengths in the batches explain the rows?"
+        "Tell whether lengths in the batches explain the numbers of rows"
         return all(_lengths(b, n, len(o)) is not None for o,n,b in zip(os, self.sizes, self.wholes))
 
 # %% ../nbs/01a_samples.ipynb #c87a9c7f
 def join(
     bs:list,                    # Batches: tuples or lists of parts, dicts of them, or tensors
-    sizes:list[int]|None=None,  # Samples of each; None: `size_of` tells
-    name:str='the batch',       # What to call them in an error
+    sizes:list[int]|None=None,  # Samples of each; None: `size_of` counts them
+    name:str='the batch',       # Name of the batch in an error
 ):
-    "Join batches to one with the samples of all. Raises `CannotJoin`, a `ValueError`, for what cannot be joined"
+    "Join batches to one with all their samples. Raises `CannotJoin`, a `ValueError`, if that cannot be done"
     if len(bs) == 1: return bs[0]
     if sizes is None: sizes = [size_of(b) for b in bs]
     joiner = _Joiner(sizes, bs, set().union(*(_lists_of(b, n) for b,n in zip(bs, sizes))))
@@ -256,6 +256,6 @@ def join(
     return rebuild(b, [joiner.join(list(o), f'{name}[{i}]') for i,o in enumerate(zip(*bs))])
 
 def join_part(os:list, sizes:list[int], name:str):
-    "Join one part of each batch, as predictions are. Raises `CannotJoin`"
+    "Join one part of each batch, such as predictions. Raises `CannotJoin` if that cannot be done"
     if len(os) == 1: return os[0]
     return _Joiner(sizes, os, set().union(*(_lists_of((o,), n) for o,n in zip(os, sizes)))).join(os, name)

@@ -1,10 +1,11 @@
-"""A window that does not fit although nothing else is on the device runs once more, in lock step
+"""Undo a window in which one operation is too large for the device, and run it again in lock step
 
-With `micro_bs='auto'`, `AccumulateGradBN` finds the largest pieces of a batch that fit by itself. Where the device's
-memory or a budget is known, a plan (`fastai_bn.plan`) says so before the first window. And if the device refuses memory
-to one operation that is alone on it, the window is undone, and runs once more in smaller pieces.
+With `micro_bs='auto'`, `AccumulateGradBN` itself finds the largest pieces of a batch that fit. If the device's memory
+or a budget is known, a plan (`fastai_bn.plan`) finds the size before the first window. If an operation still runs out
+of memory although it is alone on the device, `AccumulateGradBN` undoes the window and runs it again in smaller
+pieces.
 
-You need this page to understand or to change how a window is undone. To use `AccumulateGradBN` you do not.
+Read this page to understand or to change how a window is undone. You do not need it to use `AccumulateGradBN`.
 
 Docs: the notebook nbs/04b_tries.ipynb"""
 
@@ -38,7 +39,7 @@ from .turns import PerBatchState
 __all__ = []
 
 # %% ../nbs/04b_tries.ipynb #d534f953
-_OF_BN = 'running_mean','running_var','num_batches_tracked' # They wait for the step
+_OF_BN = 'running_mean','running_var','num_batches_tracked' # Their updates wait for the step
 
 def _tensors(model:nn.Module) -> list[Tensor]:
     "List buffers, and other tensors that modules have as attributes"
@@ -50,7 +51,7 @@ def _tensors(model:nn.Module) -> list[Tensor]:
     return list(res.values())
 
 def _random_states(model:nn.Module) -> list[tuple]:
-    "List what sets the state of random generators that modules have as attributes, and their states now"
+    "List the state setters of random generators that modules have as attributes, with the current states"
     values = [v for m in model.modules() for v in vars(m).values()]
     res = [(v.set_state, v.get_state()) for v in values if isinstance(v, (torch.Generator,np.random.RandomState))]
     res += [(v.setstate, v.getstate()) for v in values if isinstance(v, random.Random)]
@@ -58,12 +59,12 @@ def _random_states(model:nn.Module) -> list[tuple]:
     return res + [(partial(setattr, o, 'state'), o.state) for o in bits]
 
 class BeforeWindow:
-    "What a window may change before its step, as it is now"
+    "Save the state that a window may change before its step"
     def __init__(self,
-        learn,  # Learner: its model, loss function and callbacks, and itself
+        learn,  # Learner, with its model, loss function and callbacks
         params, # Parameters whose gradients the window makes
-        batch,  # Its inputs and targets
-        own,    # The callback that asks; what it keeps is its own affair
+        batch,  # Inputs and targets of the window
+        own,    # The callback that asks; its own state is not saved
     ):
         self.no_grad = [p for p in params if p.grad is None]
         self.random,self.thread = get_random_states(),ThreadNow()
@@ -78,7 +79,7 @@ class BeforeWindow:
         self.versions = [(t, t._version) for t in read if not t.is_inference()]
 
     def is_intact(self) -> bool:
-        "Tell whether the batch and the weights are what they were: a model may have written to them"
+        "Tell whether nothing has written to the batch and the weights"
         return all([t._version == v for t,v in self.versions])
 
     def put_back(self):
@@ -96,7 +97,7 @@ class BeforeWindow:
 
 # %% ../nbs/04b_tries.ipynb #9e10f9a9
 def _room(budget:Budget, learn) -> int|None: # Bytes; None: not known
-    "Tell how much activations may take, or with 'auto' all that training needs"
+    "Get the memory for activations, or with 'auto' for all that training needs"
     model = get_model(learn.model)
     device = next(model.parameters()).device
     if not budget.is_auto: return budget.on(device)
@@ -107,10 +108,10 @@ def _room(budget:Budget, learn) -> int|None: # Bytes; None: not known
 
 def planned_piece(
     learn,         # Learner in a fit
-    budget:Budget, # For activations
+    budget:Budget, # Device memory for activations
     batch,         # Inputs and targets of a window
-    n:int,         # Its samples
-) -> int: # Samples
+    n:int,         # Samples of the window
+) -> int: # Samples per piece
     "Plan a window, and find the largest pieces whose operations fit"
     model,room,i = get_model(learn.model),_room(budget, learn),n_inputs(batch, getattr(learn.dls, 'n_inp', None))
     if room is None: return n
@@ -124,24 +125,24 @@ def planned_piece(
 
 # %% ../nbs/04b_tries.ipynb #50b0718e
 class Pieces:
-    "How many samples operations see at once (None: all), as it is found"
+    "Find the number of samples that operations see at once (None: all)"
     def __init__(self, budget:Budget): self.budget,self.size,self.most,self.is_planned = budget,None,math.inf,False
 
     def plan(self, learn, ranks:Ranks, batch, n:int):
-        "Before the first window of a fit, find what fits in all processes"
+        "Find the size that fits in all processes, before the first window of a fit"
         if self.is_planned: return
         self.is_planned = True
         try: k = planned_piece(learn, self.budget, batch, n)
         except Exception as e:
-            warnings.warn(f"micro_bs='auto' begins in one piece, as the window cannot be planned: {e}")
+            warnings.warn(f"micro_bs='auto' begins in one piece, because the window cannot be planned: {e}")
             k = n
         k = int(ranks.least(min(k, self.most)))
         self.size = k if k < n else None
 
     def shrink(self, n:int):
-        "Make pieces smaller, as one of `n` samples was too large"
+        "Make pieces smaller, after a window of `n` samples was too large"
         self.size = self.most = -(-min(self.size or n, n)//4)
         warnings.warn(
-            f"One operation of a window of {n} samples did not fit on the device. The window runs again in lock step, "
-            f"micro_bs={self.size}, and so do those that follow: from here on results agree with the large batch to "
-            "rounding, and not to the last bit")
+            f"One operation of a window of {n} samples did not fit on the device. This window and all later windows "
+            f"run in lock step with micro_bs={self.size}: from here on results agree with the large batch to rounding, "
+            "not to the last bit")

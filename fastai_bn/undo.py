@@ -1,15 +1,15 @@
-"""Stand in for somebody's method, and put it back whatever happens
+"""Stand in for an object's method, and put the method back whatever happens
 
-fastai and PyTorch have no place for some of what this package does: a backward pass that runs inside a block, a
-BatchNorm layer that updates other buffers than its own. So for a while something of ours **stands in** for a method of
-an object, and runs the method in its own way. This is the one mechanism that touches somebody's objects. It keeps three
-promises:
+fastai and PyTorch have no hook for some things that this package does: to run a backward pass inside a block, or to
+have a BatchNorm layer update other buffers than its own. So for a while an object of this package **stands in** for a
+method of another object, and runs the method in its own way. No other mechanism of the package touches foreign
+objects. It keeps three promises:
 
-- whatever is raised, an interrupt included, the object is as it was;
-- a copy of the object (`deepcopy`), and a pickle of it, has the method itself and nothing of ours;
-- a compiled model is not compiled again for it.
+- Whatever is raised, an interrupt included, the object is afterwards as it was before.
+- A copy (`deepcopy`) or a pickle of the object has the method itself, and nothing of the stand-in.
+- PyTorch does not compile a compiled model again because of a stand-in.
 
-It works on any object, and is of use outside this package, too.
+The mechanism works on any object, also outside this package.
 
 Docs: the notebook nbs/04_undo.ipynb"""
 
@@ -34,7 +34,7 @@ def insist(f, *args):
 
 @contextmanager
 def replaced(obj, name:str, value):
-    "Within, the attribute `name` of `obj` itself is `value`; afterwards it is what it was, or its class's again"
+    "Set the attribute `name` of the object `obj` itself to `value` within the block, and restore it afterwards"
     missing = object()
     before = vars(obj).get(name, missing)
     try:
@@ -45,18 +45,18 @@ def replaced(obj, name:str, value):
         else: insist(vars(obj).__setitem__, name, before)
 
 # %% ../nbs/04_undo.ipynb #73941d8f
-REDUCE = '__reduce_ex__' # what copies and pickles ask an object for
+REDUCE = '__reduce_ex__' # the method of an object that copies and pickles call
 
 class StandIn:
     "Stand in for the method `inner` of an object"
-    def __init__(self, inner): self.inner,self.was_own = inner,False  # was there an attribute of the object itself?
+    def __init__(self, inner): self.inner,self.was_own = inner,False  # did the object itself have the attribute?
     def run(self, *args, **kwargs): return self.inner(*args, **kwargs)
     def call(self, *args, **kwargs): return self.run(*args, **kwargs)
     def __deepcopy__(self, memo): return StandIn(deepcopy(self.inner, memo))
     def __reduce__(self): return StandIn, (self.inner,)
 
 class _Reduce(StandIn):
-    "Reduce `obj` for a copy or a pickle, without what stands in"
+    "Reduce `obj` for a copy or a pickle, without its stand-ins"
     def __init__(self, obj):
         super().__init__(None)
         self.obj = obj
@@ -77,7 +77,7 @@ class _Reduce(StandIn):
     def __reduce__(self): return _Reduce, (self.obj,)
 
 def _leave_out(own:dict, name:str, value):
-    "Give attribute `name` in `own`, which `value` stands in for, the value it had"
+    "Give attribute `name` in `own` the value that it had before the stand-in `value`"
     while is_stand_in(value) and value.__self__.was_own: value = value.__self__.inner
     if is_stand_in(value): del own[name]
     else: own[name] = value
@@ -94,7 +94,7 @@ def stand_in(obj, name:str, stand:StandIn):
     if REDUCE not in own: own[REDUCE] = _Reduce(obj).call
 
 def take_away(obj, name:str, before=None):
-    "Take away what stands in for method `name` of `obj`, which itself had `before` there, or nothing"
+    "Take away the stand-in for method `name` of `obj`. `before`: the attribute that `obj` itself had there, if any"
     own = vars(obj)
     if before is None: own.pop(name, None)
     else: own[name] = before
@@ -111,7 +111,7 @@ class Instead(StandIn):
 
 @contextmanager
 def instead(obj, name:str, f):
-    "Within, method `name` of `obj` is `f`, which gets the method itself as its first argument"
+    "Run `f` instead of method `name` of `obj` within the block. Its first argument is the method itself"
     before = vars(obj).get(name)
     try:
         stand_in(obj, name, Instead(getattr(obj, name), f))
@@ -119,7 +119,7 @@ def instead(obj, name:str, f):
     finally: insist(take_away, obj, name, before)
 
 def inside(obj, name:str, context):
-    "Within, method `name` of `obj` runs inside `context()`"
+    "Run method `name` of `obj` inside `context()` within the block"
     def run(inner, *args, **kwargs):
         with context(): return inner(*args, **kwargs)
     return instead(obj, name, run)

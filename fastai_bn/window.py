@@ -19,9 +19,9 @@ for i,(xb,yb) in enumerate(dl):
     elif last: window.drop()
 ```
 
-**Use it** in your own loop, where accumulation has to be right at the ends: a short last micro-batch, a short last
-window, targets that do not count, BN. **Do without** in a `Learner`: `AccumulateGradBN` does all of this, and has BN
-see more than a micro-batch.
+**Use it** in your own loop, if gradient accumulation must also be correct for a short last micro-batch, a short last
+window, targets that do not count, and BN. **Do without** in a `Learner`: `AccumulateGradBN` does all of this, and can
+normalise over more samples than a micro-batch has.
 
 Docs: the notebook nbs/03_window.ipynb"""
 
@@ -47,27 +47,27 @@ __all__ = ['Window']
 
 # %% ../nbs/03_window.ipynb #9fe9b5ec
 class Passes:
-    "What BN layers see in the forward passes of a window"
+    "Gather the moments that BN layers see in the forward passes of a window"
     def __init__(self, layers:dict[str,nn.Module]):
         self.layers = layers
-        self.captures,self.stands = [],{}  # by forward pass; what stands in, by layer
-        self.recomputed = None             # takes what backward passes compute again
+        self.captures,self.stands = [],{}  # captures by forward pass; stand-ins by layer
+        self.recomputed = None             # takes the moments of layers that backward passes run again
         self.clear()
 
     def clear(self):
         "Forget the window"
         for cap in self.captures: cap.reset()
-        self.updates = None  # the native ones, where the window is one micro-batch
+        self.updates = None  # native updates, if the window is one micro-batch
         self.begin(native=False, is_open=False)
 
     def begin(self, native:bool, is_open:bool=True):
-        "Begin a micro-batch, with `native` updates if it is all of the window. Unless `is_open`, layers keep theirs"
+        "Begin a micro-batch: with `native` updates if it is the whole window, with the layers' own unless `is_open`"
         self.native,self.is_open = native,is_open
-        self.n,self.in_pass,self.in_backward = 0,False,False  # passes of this micro-batch; is one under way?
+        self.n,self.in_pass,self.in_backward = 0,False,False  # passes of this micro-batch; is a pass under way?
         if self.recomputed is not None: self.recomputed.forget()
 
     def diverting(self):
-        "Within, the window takes what layers see. The same objects stand in each time: others would be compiled again"
+        "Divert the layers' updates to the window. Use the same stand-ins each time: new ones would be compiled again"
         return diverting(self.layers, self.taker, self.stands)
 
     @contextmanager
@@ -79,7 +79,7 @@ class Passes:
         finally: self.in_pass = False
 
     def taker(self, name:str):
-        "Say who takes what layer `name` sees now; None: the layer itself, as after the step"
+        "Tell who takes the update of layer `name` now; None: the layer itself, as after the step"
         if not self.is_open: return None
         if self.in_backward:
             if self.recomputed is None: self.recomputed = BNCapture(self.layers)
@@ -100,7 +100,7 @@ class Passes:
         self.begin(native=False, is_open=False)
 
     def gather(self):
-        "Keep what layers saw in the micro-batch beside what they saw in those before"
+        "Keep the moments of this micro-batch beside those of the earlier micro-batches"
         for cap in self.captures[:self.n]: cap.next()
         self.n = 0
 
@@ -113,22 +113,22 @@ class Passes:
 
 # %% ../nbs/03_window.ipynb #4e61ce74
 class Mean:
-    "The mean over a window: its losses' denominators, and what `grads()` are divided by"
+    "Keep the mean over a window: the sum of its losses' denominators, and the divisor of `grads()`"
     def __init__(self, ranks:Ranks, grads):
         self.ranks,self.grads = ranks,grads
         self.clear()
 
     def clear(self):
         "Forget the window"
-        self.total = 0.    # of the denominators that were added
-        self.scale = None  # what gradients are divided by
-        self.whole = None  # the denominators of all processes, from the last micro-batch on
+        self.total = 0.    # sum of the denominators that were added
+        self.scale = None  # the divisor of the gradients
+        self.whole = None  # sum of the denominators of all processes, known from the last micro-batch on
 
-    def share(self, d:float|None, n:int, last:bool) -> float: # What to multiply the loss with
-        "Prepare for a loss with the denominator `d`, None for a sum, in a window of `n` micro-batches"
+    def share(self, d:float|None, n:int, last:bool) -> float: # The factor of the loss
+        "Prepare for a loss with the denominator `d` (None: the loss is a sum), in a window of `n` micro-batches"
         if d is not None and not 0 <= d < math.inf: raise ValueError(
-            f"`denominator` must be a finite number >= 0, got {d}. Give what the loss divides by (as the number of "
-            "samples), or None for a sum")
+            f"`denominator` must be a finite number >= 0, got {d}. Give the number that the loss divides by, "
+            "such as the number of samples, or None if it is a sum")
         if last: self.whole,n_ranks = self.ranks.total(self.total + (1 if d is None else d))
         if d is None: return 1.
         if last: self.rescale(self.whole/n_ranks)
@@ -140,18 +140,18 @@ class Mean:
         self.total += 1 if d is None else d
 
     def miss(self):
-        "Take note of a gradient that has not been added: where all processes were to add one, there is no step"
+        "Note that a gradient is missing: with several processes the window makes no step then"
         if self.ranks.is_distributed: self.whole = None
 
     def finish(self) -> bool: # Is there anything to step for?
-        "Bring the gradients to the scale of all that came"
+        "Scale the gradients to those of the mean over the whole window"
         if not self.ranks.is_distributed:
-            self.whole = self.total  # less than it seemed, if the last backward pass was cancelled
+            self.whole = self.total  # smaller than expected if the last backward pass was cancelled
             self.rescale(self.total)
         return bool(self.whole)
 
     def rescale(self, scale:float):
-        "Divide the gradients by `scale` instead of what they were divided by"
+        "Divide the gradients by `scale` instead of their old divisor"
         grads = self.grads() if self.scale and scale and scale != self.scale else []
         if grads: torch._foreach_mul_(grads, self.scale/scale)
         self.scale = scale or self.scale
@@ -159,47 +159,47 @@ class Mean:
 # %% ../nbs/03_window.ipynb #eab21d00
 @dataclass
 class MicroBatch:
-    "The micro-batch under way"
+    "Hold the state of the micro-batch under way"
     last: bool                    # Does the window end with it?
-    denominator: float|None = 0.  # Of its loss; None: a sum
+    denominator: float|None = 0.  # Denominator of its loss; None: a sum
     backward: str = ''            # Its backward pass: 'begun' or 'done'
     added: bool = False           # Is it a part of the window?
     paged: bool = False           # Has the pager's block begun?
-    preds: list = field(default_factory=list)           # Predictions, where others may wait in their backward pass
+    preds: list = field(default_factory=list)           # Predictions, if other processes may wait in backward
     held: ExitStack = field(default_factory=ExitStack)  # The pager's block: first forward pass to end of backward
 
     def page(self, pager, model:nn.Module, inputs):
-        "Begin the pager's block with a call of `model`, if it has not begun"
+        "Begin the pager's block, if it has not begun, and note a call of `model`"
         if not self.paged: self.held.enter_context(pager)
         self.paged = True
         pager.pin(inputs)
         pager.note_call(model)
 
 def _zero_loss(preds:list, model:nn.Module) -> Tensor:
-    "Make a loss with a gradient of zero: through predictions, if there are any, else directly"
+    "Make a loss with a gradient of zero: through the predictions, if there are any, else through the parameters"
     through = [o for o in tree_iter(preds) if isinstance(o, Tensor)] or model.parameters()
     return sum((o*0).sum() for o in through if o.requires_grad)
 
 # %% ../nbs/03_window.ipynb #241fd40d
 def _check_n(n):
-    "Raise `ValueError` if `n` is no number of micro-batches"
+    "Raise `ValueError` if `n` is not an integer of at least 1"
     if not is_count(n): raise ValueError(
-        f"`n` must be an integer >= 1, got {n!r}. It is a number of micro-batches")
+        f"`n` must be an integer >= 1, got {n!r}. It is the number of micro-batches in a window")
 
 def _refuse_outside():
-    "Raise `RuntimeError` for a call where no micro-batch is under way"
+    "Raise `RuntimeError`: no micro-batch is under way"
     raise RuntimeError("Call this inside `with window.begin(last):`, which begins a micro-batch")
 
 # %% ../nbs/03_window.ipynb #83f6c399
 class Window:
     """Make one step of several micro-batches: the gradient of the mean over all samples, one update of BN's statistics.
 
-    Where `n` is 1, the native update of the running statistics itself waits for `commit`: the same to the last bit.
-    Raises `RuntimeError` for calls outside `begin`, `ValueError` for a bad `n` or denominator, and what
-    `capture_moments` does."""
+    If `n` is 1, BN layers make their native update, and it waits for `commit`: the result is equal to the last bit.
+    Raises `RuntimeError` if a call that belongs to a micro-batch comes outside `begin`, `ValueError` if `n` or a
+    denominator is not valid, and the errors of `capture_moments`."""
     def __init__(self,
-        model:nn.Module, # As it is called: with DistributedDataParallel around it, if there is
-        n:int,           # Micro-batches that are expected in a window. It may get fewer
+        model:nn.Module, # The model that you call: wrapped in DistributedDataParallel, if you use that
+        n:int,           # Expected number of micro-batches in a window; it may get fewer
         grads=None,      # Callable that lists the gradients. None: the `.grad` of the model's parameters
         pager=None,      # `ActivationPager` for the forward and backward pass of each micro-batch
     ):
@@ -215,12 +215,12 @@ class Window:
     def _clear(self):
         self.mean.clear()
         self.passes.clear()
-        self.count = 0  # micro-batches that were added; last, as after an interrupt an open window is cleared again
+        self.count = 0  # micro-batches that were added. Set last: if an interrupt left it, the window is cleared again
 
     @contextmanager
     def begin(self, last:bool, # Does the window end with this micro-batch?
     ):
-        "Begin and end a micro-batch. One that is not added is forgotten, with its window once backward has begun"
+        "Run a micro-batch. If it is not added, forget it; if its backward pass had begun, drop the whole window"
         b = self.batch = MicroBatch(last)
         self.passes.begin(native=self.n == 1)
         try:
@@ -232,16 +232,16 @@ class Window:
             self.batch = None
 
     @contextmanager
-    def forward(self, *inputs, # What the pager is to leave on the device, also within tuples, lists and dicts
+    def forward(self, *inputs, # Tensors that the pager leaves on the device, also within tuples, lists and dicts
     ):
-        "Run a forward pass in training mode. Each of several updates BN's statistics; a layer called twice pools"
+        "Run a forward pass in training mode. Each pass updates BN's statistics once, also if it calls a layer twice"
         b = self._current()
         if self.pager is not None and self.passes.is_open and not b.backward: b.page(self.pager, self.model, inputs)
         with self.passes.forward(): yield
 
     @contextmanager
     def backward(self):
-        "Run the backward pass. BN layers that it computes again are not counted"
+        "Run the backward pass. BN layers that it runs again do not count"
         b = self._current()
         b.backward,self.passes.in_backward = 'begun',True
         try:
@@ -251,8 +251,8 @@ class Window:
 
     def share(self,
         loss:Tensor,            # The micro-batch's loss
-        denominator:float|None, # What it has divided its sum by; None: it is a sum
-    ) -> Tensor: # The loss to call `backward` of. Its gradient is zero where the denominator is
+        denominator:float|None, # The number that the loss has divided its sum by; None: the loss is a sum
+    ) -> Tensor: # The loss to call `backward` of. Its gradient is zero if the denominator is zero
         "Scale a mean loss to its share of the mean over the window"
         b,d = self._current(),denominator
         b.denominator = d
@@ -261,9 +261,9 @@ class Window:
         return loss if d is None else loss*factor
 
     def add(self):
-        "Make the micro-batch a part of the window. Without a backward pass there is no gradient: no sample counts"
+        "Make the micro-batch a part of the window. Its samples count only if its backward pass has added a gradient"
         b = self._current()
-        self.count += 1  # first: interrupted in between, the window is dropped
+        self.count += 1  # set first: an interrupt after this line drops the window
         b.added = True
         if b.backward == 'done': self.mean.add(b.denominator)
         else: self.mean.miss()
@@ -276,7 +276,7 @@ class Window:
         if not self.count: self._clear()
 
     def finish(self) -> bool: # Is there anything to step for?
-        "Make the gradient that of the mean over all samples. Comes before gradients are unscaled and clipped"
+        "Turn the gradient into that of the mean over all samples. Call it before you unscale or clip gradients"
         return self.mean.finish()
 
     def commit(self):
