@@ -31,7 +31,7 @@ Modules:
 - `fastai_bn.epochs`: How a DataLoader's epoch becomes windows, and how fastai's training loop runs inside them
 - `fastai_bn.fakes`: A model of any size runs on tensors that have shapes and no memory
 - `fastai_bn.forecast`: What a block of operations did, the next one will do: who is needed last leaves first
-- `fastai_bn.groupnorm`: `bn_to_gn`: GroupNorm in place of BatchNorm, in any model; `weight_standardize` to go with it
+- `fastai_bn.groupnorm`: `bn_to_gn` replaces BatchNorm by GroupNorm in any model; `weight_standardize` goes with it
 - `fastai_bn.hpa`: The Kaggle layout of 4-channel fluorescence images with 28 labels, read into `DataLoaders`
 - `fastai_bn.hpafiles`: Which file holds which channel of which image
 - `fastai_bn.keep`: `keep_running_stats`: passes that leave BN's running statistics alone, as checkpointing's second one
