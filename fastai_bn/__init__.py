@@ -40,10 +40,10 @@ Modules:
 - `fastai_bn.making`: What was dropped is made by the calls that made it, and a check says whether the bits are the same
 - `fastai_bn.moments`: Count, mean and M2 of what BatchNorm layers see: statistics that merge
 - `fastai_bn.mover`: Who leaves for an operation, and who returns ahead of time
-- `fastai_bn.normalize`: `image_normalize`: every image by its own statistics; `ImageNormalize`: the same in batches
+- `fastai_bn.normalize`: `image_normalize`: normalise each image by its own statistics; `ImageNormalize`: in batches
 - `fastai_bn.operations`: What an operation uses, writes to and makes
 - `fastai_bn.paging`: `ActivationPager`: any model within a fixed amount of device memory, bit for bit the same
-- `fastai_bn.plan`: `memory_plan`: what a batch takes, and what each remedy would, before anything is allocated
+- `fastai_bn.plan`: `memory_plan`: how much memory a batch takes, and each remedy, before anything is allocated
 - `fastai_bn.pooled`: BatchNorm over micro-batches that are never together: three autograd functions and their gradient
 - `fastai_bn.population`: The statistics of a population with fixed weights, which inference should normalise with
 - `fastai_bn.precise`: `precise_bn`: population statistics of the final weights, not an average over changing ones
@@ -55,12 +55,12 @@ Modules:
 - `fastai_bn.remaker`: What can be made again is dropped, where that costs less, and made when an operation needs it
 - `fastai_bn.replay`: What a policy would move: demand paging of a recorded order
 - `fastai_bn.report`: How far off running statistics are, how noisy BatchNorm's batches are, and what to do about it
-- `fastai_bn.rows`: Centre and scale of each row of a matrix, precise at any offset, with NumPy's percentiles
+- `fastai_bn.rows`: Measure centre and scale of each row of a matrix, precisely at any offset, with NumPy's percentiles
 - `fastai_bn.samples`: The one place that knows what a sample is: batches are counted, cut and joined
 - `fastai_bn.sampling`: Which samples a population is measured on: each once, and no random number is drawn for it
 - `fastai_bn.schedule`: When copies begin: out as soon as nobody needs a storage for long, in as soon as there is room
 - `fastai_bn.storages`: Who is on the device, and how many bytes that is
-- `fastai_bn.submission`: `submission_table`: `Id,Predicted` for a competition; `best_thresholds`: one threshold a label
+- `fastai_bn.submission`: `submission_table`: `Id,Predicted` for a competition; `best_thresholds`: one threshold per label
 - `fastai_bn.threads`: What a thread is set to, and how to set it back for a while
 - `fastai_bn.toolarge`: What is said when an operation does not fit into the budget alone
 - `fastai_bn.tracker`: Every operation belongs to a layer, in the backward pass, too

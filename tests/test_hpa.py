@@ -228,7 +228,7 @@ def test_no_folder_no_csv(tmp_path):
     ('', 'must have the columns Id and Target'), ('Id,Target\n', 'must have a row below its header'),
     ('Id,Target\na,1,2\n', "'a,1,2' must have 2 fields, got 3"), ('Id,Target\na\n', 'must have 2 fields, got 1'),
     ('Id,Target\na\0b,1\n', 'Id|csv'), ('a,b\n1,2\n', 'must have the columns Id and Target'),
-    ('Id,Target\nx,1\nx,2\n', "each Id must stand there once, got 'x' again"),
+    ('Id,Target\nx,1\nx,2\n', "each Id must occur once, got 'x' again"),
 ])
 def test_bad_csv(small, text, match):
     (small/'train.csv').write_text(text)
@@ -373,7 +373,7 @@ def of_all(x): return x
 ])
 def test_a_transform_that_would_do_nothing_is_an_error(small, tfm):
     for kw in (dict(item_tfms=tfm), dict(item_tfms=[OfImages(), tfm]), dict(batch_tfms=tfm)):
-        match = f'`{next(iter(kw))}` must know tensors .* would do nothing'
+        match = f'`{next(iter(kw))}` must handle tensors .* would do nothing'
         with pytest.raises(ValueError, match=match): from_folder(small, num_workers=0, **kw)
 
 @pytest.mark.parametrize('tfm,zero', [
