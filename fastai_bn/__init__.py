@@ -24,16 +24,16 @@ Modules:
 - `fastai_bn.capture`: What BatchNorm layers see, from the native kernels at no cost; and updates that wait
 - `fastai_bn.choice`: What is made again instead of moved, looking at what will be on the device then
 - `fastai_bn.copies`: Memory budgets, host buffers, and the stream on which copies run beside the computation
-- `fastai_bn.counting`: Forward and backward pass inside the real pager, on tensors without memory
+- `fastai_bn.counting`: Run forward and backward passes inside the real pager, on tensors without memory
 - `fastai_bn.demo`: `python -m fastai_bn.demo`: the main job end to end, in minutes on two cores
 - `fastai_bn.diversion`: For a while a BN layer's update goes to somebody else, and its own running statistics stay
-- `fastai_bn.draw`: `make_hpa`: cells drawn in the layout of the Human Protein Atlas, for demonstrations and tests
+- `fastai_bn.draw`: `make_hpa` draws cells in the layout of the Human Protein Atlas, for demonstrations and tests
 - `fastai_bn.epochs`: How a DataLoader's epoch becomes windows, and how fastai's training loop runs inside them
-- `fastai_bn.fakes`: A model of any size runs on tensors that have shapes and no memory
+- `fastai_bn.fakes`: Run a model of any size on tensors that have shapes and no memory
 - `fastai_bn.forecast`: What a block of operations did, the next one will do: who is needed last leaves first
 - `fastai_bn.groupnorm`: `bn_to_gn` replaces BatchNorm by GroupNorm in any model; `weight_standardize` goes with it
 - `fastai_bn.hpa`: The Kaggle layout of 4-channel fluorescence images with 28 labels, read into `DataLoaders`
-- `fastai_bn.hpafiles`: Which file holds which channel of which image
+- `fastai_bn.hpafiles`: Find the file of each channel of each image
 - `fastai_bn.keep`: `keep_running_stats`: passes that leave BN's running statistics alone, as checkpointing's second one
 - `fastai_bn.layers`: Its running statistics, its own `forward`, and the errors that name it
 - `fastai_bn.lockstep`: `MicroBatched`: one large batch computed in micro-batches that meet at every BatchNorm layer
@@ -60,15 +60,15 @@ Modules:
 - `fastai_bn.sampling`: Which samples a population is measured on: each once, and no random number is drawn for it
 - `fastai_bn.schedule`: When copies begin: out as soon as nobody needs a storage for long, in as soon as there is room
 - `fastai_bn.storages`: Who is on the device, and how many bytes that is
-- `fastai_bn.submission`: `submission_table`: `Id,Predicted` for a competition; `best_thresholds`: one threshold per label
+- `fastai_bn.submission`: `submission_table`: `Id,Predicted` for a competition; `best_thresholds`: a threshold per label
 - `fastai_bn.threads`: What a thread is set to, and how to set it back for a while
 - `fastai_bn.toolarge`: What is said when an operation does not fit into the budget alone
-- `fastai_bn.tracker`: Every operation belongs to a layer, in the backward pass, too
+- `fastai_bn.tracker`: Find the layer of every operation, in the forward and the backward pass
 - `fastai_bn.tries`: A window that does not fit although nothing else is on the device runs once more, in lock step
 - `fastai_bn.turns`: Micro-batches that run side by side and wait for each other: `LockStep`
 - `fastai_bn.undo`: Stand in for somebody's method, and put it back whatever happens
 - `fastai_bn.unet`: `gn_unet_learner`: fastai's `unet_learner` with GroupNorm everywhere, or in the decoder alone
-- `fastai_bn.virtual`: What a window takes on a graphics card that is not there: the real pager under a clock
+- `fastai_bn.virtual`: Model the time of a window on a graphics card that you do not have: the real pager under a clock
 - `fastai_bn.window`: The micro-batches of one optimizer step, in any PyTorch loop"""
 
 __version__ = "0.1.0"

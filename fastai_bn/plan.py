@@ -108,7 +108,7 @@ def memory_plan(
     Allocates nothing and leaves the model as it was. Columns: `way` ('whole', 'accumulated', 'budget', 'lockstep');
     `budget` (bytes) and `micro_bs` (samples), or NaN; in bytes `peak` of activations on the device in any window,
     `moved` and `remade` in a window after the first, `host` (most in host memory), `weights` (parameters, gradients,
-    buffers, optimizer state), `total` (`peak` and `weights`), `floor` (need of the largest single operation, `floor_op`);
+    buffers, optimizer state), `total` (`peak` and `weights`), `floor` (bytes of the largest operation, `floor_op`);
     modelled `seconds` (NaN without `card`). With `by='layer'`: `layer`, and `peak`, the bytes that it holds.
     Within `torch.autocast('cpu', torch.bfloat16)` it plans mixed precision.
     Raises `ValueError` for bad arguments, lazy and recurrent layers, CTC, and operations that read values."""

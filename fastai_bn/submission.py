@@ -1,4 +1,4 @@
-"""`submission_table`: `Id,Predicted` for a competition; `best_thresholds`: one threshold per label
+"""`submission_table`: `Id,Predicted` for a competition; `best_thresholds`: a threshold per label
 
 A multi-label net gives a probability per label, and a submission needs label numbers. Rare labels get low
 probabilities, so one threshold for all labels misses the rare ones. The competition's score, the mean F1 over all
