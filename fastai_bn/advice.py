@@ -57,7 +57,7 @@ def run_in_window(pager:ActivationPager, model:nn.Module, loss_func, xb:tuple, y
 
 # %% ../nbs/74_advice.ipynb #7d789e05
 class _Data:
-    "Hold the first micro-batch of a learner, and make a batch of `n_step` copies"
+    "Hold the first micro-batch of a learner, and make the batch of `n_step` copies"
     def __init__(self, learn:Learner, n_step:int):
         dl,self.n_step = learn.dls.train,n_step
         with rng_kept(dl): b = dl.one_batch()

@@ -91,7 +91,7 @@ def _has_act(m:nn.Module) -> bool:
     return hasattr(m, 'act') and hasattr(m, 'drop')
 
 def _gn_class(m:nn.Module) -> type:
-    "Choose the class that does what `m` does around its normalisation"
+    "Choose the class that keeps the steps of `m` around its normalisation"
     if isinstance(m, BatchNorm1dFlat): return _GroupNorm1dFlat
     if _has_act(m): return _GroupNormAct
     if type(m).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):

@@ -62,12 +62,12 @@ CARDS = {o.name:o for o in ( # Graphics cards by name
 
 # %% ../nbs/72_virtual.ipynb #b1bb3f9c
 def find_card(
-    card:str|Card, # A name in `CARDS`, or a card of your own
+    card:str|Card, # A name in `CARDS`, or your own card
 ) -> Card:
     "Get a card. Raises `ValueError` for an unknown name"
     if isinstance(card, Card): return card
     if card in CARDS: return CARDS[card]
-    raise ValueError(f"`card` must be one of {', '.join(CARDS)}, or a `Card` of your own, got {card!r}")
+    raise ValueError(f"`card` must be one of {', '.join(CARDS)}, or your own `Card`, got {card!r}")
 
 # %% ../nbs/72_virtual.ipynb #467dd6fd
 EFFICIENCY = dict(fp32=.7, tf32=.3, half=.36, bandwidth=.79) # Share of the data sheet's figures that operations reach

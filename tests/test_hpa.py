@@ -344,7 +344,7 @@ def test_images_of_another_folder_are_loaded_when_they_are_needed(small):
 @pytest.mark.parametrize('item,match', [
     ('0000-000009', r"test/.*dls.test_dl\(\[path/'test'/Id\]\)"),
     (Path('test')/'..', 'plain file name'),
-    ('test/0000-000000', 'plain file name.*named by a Path'),
+    ('test/0000-000000', 'plain file name.*by a Path'),
 ])
 def test_what_is_no_image_says_how_to_name_one(small, item, match):
     dls = from_folder(small, num_workers=0, device='cpu')
