@@ -20,27 +20,27 @@ Modules:
 - `fastai_bn.capture`: Read the moments that BatchNorm layers compute anyway, and hold back their updates
 - `fastai_bn.choice`: Choose which storages to make again instead of moving them, by what will be on the device then
 - `fastai_bn.copies`: Memory budgets, host buffers, and the streams on which copies run beside the computation
-- `fastai_bn.counting`: Forward and backward pass inside the real pager, on tensors without memory
+- `fastai_bn.counting`: Run forward and backward passes inside the real pager, on tensors without memory
 - `fastai_bn.demo`: `python -m fastai_bn.demo`: the main job end to end, in minutes on two cores
 - `fastai_bn.diversion`: Send a BN layer's updates to a taker for a while, and leave its own running statistics alone
-- `fastai_bn.draw`: `make_hpa`: cells drawn in the layout of the Human Protein Atlas, for demonstrations and tests
+- `fastai_bn.draw`: `make_hpa` draws cells in the layout of the Human Protein Atlas, for demonstrations and tests
 - `fastai_bn.epochs`: Divide a DataLoader's epoch into windows, and run fastai's training loop inside them
-- `fastai_bn.fakes`: A model of any size runs on tensors that have shapes and no memory
+- `fastai_bn.fakes`: Run a model of any size on tensors that have shapes and no memory
 - `fastai_bn.forecast`: Each block of operations repeats the one before, so the storage needed last leaves first
-- `fastai_bn.groupnorm`: `bn_to_gn`: GroupNorm in place of BatchNorm, in any model; `weight_standardize` to go with it
+- `fastai_bn.groupnorm`: `bn_to_gn` replaces BatchNorm by GroupNorm in any model; `weight_standardize` goes with it
 - `fastai_bn.hpa`: The Kaggle layout of 4-channel fluorescence images with 28 labels, read into `DataLoaders`
-- `fastai_bn.hpafiles`: Which file holds which channel of which image
+- `fastai_bn.hpafiles`: Find the file of each channel of each image
 - `fastai_bn.keep`: `keep_running_stats`: run passes that leave BN's running statistics alone, as checkpointing needs
 - `fastai_bn.layers`: Its running statistics, its own `forward`, and the errors that name it
 - `fastai_bn.lockstep`: `MicroBatched`: one large batch computed in micro-batches that meet at every BatchNorm layer
 - `fastai_bn.making`: Make dropped storages again by the calls that made them, and check that the bits are the same
 - `fastai_bn.moments`: Count, mean and M2 of the values that BatchNorm layers see: statistics that merge
 - `fastai_bn.mover`: Which storages leave for an operation, and which return ahead of time
-- `fastai_bn.normalize`: `image_normalize`: every image by its own statistics; `ImageNormalize`: the same in batches
+- `fastai_bn.normalize`: `image_normalize`: normalise each image by its own statistics; `ImageNormalize`: in batches
 - `fastai_bn.operations`: Find the storages that an operation uses, writes to and makes
 - `fastai_bn.paging`: `ActivationPager`: any model within a fixed amount of device memory, bit for bit the same
 - `fastai_bn.picture`: `picture`: what the BN batch does to a training, and what a large one takes under a budget
-- `fastai_bn.plan`: `memory_plan`: what a batch takes, and what each remedy would, before anything is allocated
+- `fastai_bn.plan`: `memory_plan`: how much memory a batch takes, and each remedy, before anything is allocated
 - `fastai_bn.pooled`: BatchNorm over micro-batches that are never together: three autograd functions and their gradient
 - `fastai_bn.population`: The statistics of a population with fixed weights, which inference should normalise with
 - `fastai_bn.precise`: `precise_bn`: population statistics of the final weights, not an average over changing ones
@@ -52,20 +52,20 @@ Modules:
 - `fastai_bn.remaker`: Drop storages that are cheaper to make again, and make them when an operation needs them
 - `fastai_bn.replay`: Count the bytes that a policy would move: demand paging of a recorded order
 - `fastai_bn.report`: How far off running statistics are, how noisy BatchNorm's batches are, and what to do about it
-- `fastai_bn.rows`: Centre and scale of each row of a matrix, precise at any offset, with NumPy's percentiles
+- `fastai_bn.rows`: Measure centre and scale of each row of a matrix, precisely at any offset, with NumPy's percentiles
 - `fastai_bn.samples`: Count, cut and join the samples of a batch: the one place that defines what a sample is
 - `fastai_bn.sampling`: Which samples a population is measured on: each once, and no random number is drawn for it
 - `fastai_bn.schedule`: Start each copy out right after the last use, and each copy in as soon as there is room
 - `fastai_bn.storages`: Which storages are on the device, and how many bytes they take
-- `fastai_bn.submission`: `submission_table`: `Id,Predicted` for a competition; `best_thresholds`: one threshold a label
+- `fastai_bn.submission`: `submission_table`: `Id,Predicted` for a competition; `best_thresholds`: a threshold per label
 - `fastai_bn.threads`: What a thread is set to, and how to set it back for a while
 - `fastai_bn.toolarge`: Warn when a single operation does not fit into the budget
-- `fastai_bn.tracker`: Every operation belongs to a layer, in the backward pass, too
+- `fastai_bn.tracker`: Find the layer of every operation, in the forward and the backward pass
 - `fastai_bn.tries`: Undo a window in which one operation is too large for the device, and run it again in lock step
 - `fastai_bn.turns`: Micro-batches that run side by side and wait for each other: `LockStep`
 - `fastai_bn.undo`: Stand in for an object's method, and put the method back whatever happens
 - `fastai_bn.unet`: `gn_unet_learner`: fastai's `unet_learner` with GroupNorm everywhere, or in the decoder alone
-- `fastai_bn.virtual`: What a window takes on a graphics card that is not there: the real pager under a clock
+- `fastai_bn.virtual`: Model the time of a window on a graphics card that you do not have: the real pager under a clock
 - `fastai_bn.window`: The micro-batches of one optimizer step, in any PyTorch loop"""
 
 __version__ = "0.2.0"

@@ -1,11 +1,11 @@
 """`learn.memory_plan()`: does the large batch fit on the device, and which arguments make it fit?
 
-`learn.memory_plan(n_step=16, memory='8GiB')` plans a window of 16 micro-batches of the learner's own data, as
-`AccumulateGradBN` trains on it, and says in one line which call to make. It draws what each way needs and costs, with
-the device's memory as a line. Nothing is allocated, and the learner stays as it is.
+`learn.memory_plan(n_step=16, memory='8GiB')` plans how `AccumulateGradBN` trains on a window of 16 micro-batches of the
+learner's own data. It prints in one line which call to make. It draws the memory and the cost of each way, with a line
+at the device's memory. It allocates nothing, and leaves the learner as it is.
 
-**Use it** before a long fit, or before you choose a device. **Do without** a `Learner`: `memory_plan`
-(`fastai_bn.plan`) plans any model.
+**Use it** before a long fit, or before you choose a device. **Without** a `Learner`, use `memory_plan`
+(`fastai_bn.plan`), which plans any model.
 
 Docs: the notebook nbs/74_advice.ipynb"""
 
@@ -40,7 +40,7 @@ __all__ = []
 
 # %% ../nbs/74_advice.ipynb #28719661
 def run_in_window(pager:ActivationPager, model:nn.Module, loss_func, xb:tuple, yb:tuple, cast=nullcontext):
-    "Run a window of one batch inside `pager`, as `AccumulateGradBN` does"
+    "Run a window of one batch inside `pager`, like `AccumulateGradBN`"
     window = Window(model, 1, pager=pager)
     with window.begin(last=True):
         with cast():
@@ -57,7 +57,7 @@ def run_in_window(pager:ActivationPager, model:nn.Module, loss_func, xb:tuple, y
 
 # %% ../nbs/74_advice.ipynb #7d789e05
 class _Data:
-    "The first micro-batch of a learner, and the batch of `n_step` such"
+    "Hold the first micro-batch of a learner, and make the batch of `n_step` copies"
     def __init__(self, learn:Learner, n_step:int):
         dl,self.n_step = learn.dls.train,n_step
         with rng_kept(dl): b = dl.one_batch()
@@ -67,16 +67,16 @@ class _Data:
     def split(self, b:tuple) -> tuple[tuple,tuple]: return b[:self.n_inp],b[self.n_inp:]
 
     def fake(self, fakes) -> tuple[tuple,tuple]:
-        "Make the micro-batch and the whole batch without memory"
+        "Make fake tensors of the micro-batch and of the whole batch"
         micro = fakes.all_in(self.micro)
         with fakes.mode: whole = join([micro]*self.n_step, [self.bs]*self.n_step)
         return self.split(micro),self.split(whole)
 
 # %% ../nbs/74_advice.ipynb #7bd011d1
-TRIES = 4   # Budgets to try, each smaller by what the one before exceeded
-LESS = .95,.95,.9 # Of a budget that is slow, to try as well, each a share of the fastest so far
-SAME_BITS = .96 # Lock step, which agrees to rounding, has to be faster by this factor to be preferred
-MARGIN = .1 # Share of the device's memory for what no plan knows: fragmentation, workspaces, the context
+TRIES = 4   # Budgets to try, each lower by the excess of the one before
+LESS = .95,.95,.9 # Smaller budgets to try if a budget is slow, each a share of the fastest so far
+SAME_BITS = .96 # Lock step agrees to rounding only, so it is preferred only if it is faster by this factor
+MARGIN = .1 # Share of the device's memory that no plan can count: fragmentation, workspaces, the context
 
 def _rounded(n:int) -> int:
     "Round a large budget down to MiB"
@@ -94,7 +94,7 @@ class _Search:
         return self.usable is not None and self.rows[-1]['peak'] <= self.usable
 
     def budget_that_holds(self, way:str, micro_bs:int|None=None) -> bool:
-        "Try the largest budget, and a smaller one where more was needed"
+        "Try the largest budget, and lower budgets if the peak exceeds the device's memory"
         budget = self.usable
         for i in range(TRIES):
             if i: del self.rows[-1]
@@ -105,7 +105,7 @@ class _Search:
         return False
 
     def run(self) -> dict|None: # The row that fits
-        "Try one way after the other"
+        "Try the ways one after another"
         if self.try_row('whole'): return self.rows[-1]
         if self.usable is None or self.usable < 1: return None
         has_floor = self.rows[0]['floor'] <= self.usable
@@ -114,7 +114,7 @@ class _Search:
         return min(found, key=lambda o: o['seconds']*(SAME_BITS if o['way'] == 'budget' else 1), default=None)
 
     def with_less(self) -> dict: # The row that is faster
-        "Try smaller budgets if that one is slow: storages have many sizes, so less memory can wait less for the bus"
+        "Try smaller budgets if the last one is slow: storages differ in size, so a smaller budget can wait less"
         for share in LESS if self.is_slow(self.rows[-1]) else ():
             row = self.rows[-1]
             self.try_row('budget', _rounded(int(share*row['budget'])))
@@ -123,16 +123,16 @@ class _Search:
         return self.rows[-1]
 
     def is_slow(self, row:dict) -> bool:
-        "Could another way be faster, by more than the same bits are worth? Without a model of time nobody knows"
+        "Tell whether another way could be faster by more than `SAME_BITS` asks. False if time is not modelled"
         return row['seconds'] > self.rows[0]['seconds']/SAME_BITS
 
     def floor(self, k:int) -> int: # Bytes
-        "Count what operations need that see `k` samples"
+        "Count the bytes that the largest operation needs on `k` samples"
         if k == self.n: return self.rows[0]['floor']
         return self.windows.row('lockstep', self.xb, self.yb, None, k)['floor']
 
     def in_pieces(self) -> list[dict]: # One row, or none
-        "Find pieces that fit, halved as long as that is faster"
+        "Find pieces that fit, and halve them as long as that is faster"
         k,best = largest_piece(self.floor, self.n, self.usable),None
         if k == self.n: k = self.n//2
         while k:
@@ -152,7 +152,7 @@ def _gib(n:float) -> str: return f'{n/2**30:.2f} GiB' if n >= 2**30 else f'{n/2*
 def _as_budget(n:int) -> int|str: return n if n%2**20 else f'{n//2**20}MiB'
 
 def call(row:dict, n_step:int) -> str:
-    "Write the call that trains as `row` says"
+    "Write the call that trains in the way of `row`"
     args = [f'n_step={n_step}', "bn_bs='window'"]
     if row['micro_bs'] == row['micro_bs']: args.append(f"micro_bs={int(row['micro_bs'])}")
     if row['budget'] == row['budget']: args.append(f"budget={_as_budget(row['budget'])!r}")
@@ -161,7 +161,7 @@ def call(row:dict, n_step:int) -> str:
 def advise(row:dict|None, rows:list[dict], weights:int, memory:int|None, n_step:int) -> str:
     "Say in one line which call to make"
     whole = f"The whole batch needs {_gib(rows[0]['peak']+weights)}"
-    if memory is None: return f"{whole}. Name the device's memory for advice, as memory='8GiB'"
+    if memory is None: return f"{whole}. Name the device's memory for advice, such as memory='8GiB'"
     left = f'{_gib(memory)} less {MARGIN:.0%} for fragmentation and workspaces'
     if row is None: return f"{whole}, and nothing makes it fit in {left}: use smaller inputs or a smaller model"
     if row['way'] == 'whole': return f"{whole} and fits in {left}: {call(row, n_step)}"
@@ -172,7 +172,7 @@ def advise(row:dict|None, rows:list[dict], weights:int, memory:int|None, n_step:
 
 # %% ../nbs/74_advice.ipynb #eca95f30
 def draw(df:pd.DataFrame, memory:int|None):
-    "Draw memory against time, or against what is moved where no time is modelled"
+    "Draw memory against time, or against the bytes moved if time is not modelled"
     cost,label,scale = 'moved','GiB moved in a window',2**30
     if df.seconds.notna().any(): cost,label,scale = 'seconds','seconds a window (modelled)',1
     _,ax = plt.subplots(figsize=(7,4))
@@ -185,7 +185,7 @@ def draw(df:pd.DataFrame, memory:int|None):
 
 # %% ../nbs/74_advice.ipynb #34229bc2
 def measured_peak(model:nn.Module, loss_func, xb:tuple, yb:tuple, run=run_in_window) -> int:
-    "Count what two real micro-batches take; the model is left as it was"
+    "Count the peak of two real micro-batches, one after the other. Leave the model as it was"
     param = lambda p: nn.Parameter(p.detach(), p.requires_grad)
     pager = ActivationPager(None)
     with rng_kept(), stand_ins(model, param, torch.clone):
@@ -196,38 +196,38 @@ def measured_peak(model:nn.Module, loss_func, xb:tuple, yb:tuple, run=run_in_win
 def _device_of(model:nn.Module) -> torch.device: return next(model.parameters(), torch.empty(0)).device
 
 def _on_device(model:nn.Module, loss_func, data:_Data, run) -> int|None:
-    "Count what a real micro-batch takes on the accelerator that `model` is on; None: it is on none"
+    "Count the peak of a real micro-batch on the accelerator of `model`. Return None if `model` is on none"
     if _device_of(model).type in ('cpu','meta'): return None
     return measured_peak(model, loss_func, *data.split(data.micro), run)
 
 def _ratio(real:int|None, plan:int) -> float:
-    "Tell how much more the device takes than planned"
+    "Return the peak on the device as a multiple of the planned one, at least 1"
     if real is None: return 1.
     print(f'A micro-batch takes {real/plan:.2f} times the planned activations on this device')
     return max(1., real/plan)
 
 # %% ../nbs/74_advice.ipynb #ae2e99f2
 def _memory(memory, card:Card|None, model:nn.Module) -> int|None:
-    "Read the device's memory. Raise `ValueError` for what is no number of bytes"
+    "Read the device's memory. Raise `ValueError` unless it is a number of bytes"
     device = _device_of(model)
     if memory is None and card is not None: return card.memory
     if memory is None: return total_bytes(device) if has_own_memory(device) else None
     return read_bytes('memory', memory)
 
 def _check(n_step):
-    "Raise `ValueError` if `n_step` is no number of micro-batches"
+    "Raise `ValueError` unless `n_step` is a number of micro-batches"
     if not is_count(n_step): raise ValueError(
         f"`n_step` must be an integer >= 1, got {n_step!r}. It is a number of micro-batches")
 
 def precision_of(learn:Learner):
-    "Tell how forward passes run in a fit"
+    "Return the context in which a fit runs forward passes"
     return mixed_precision if any(isinstance(cb, MixedPrecision) for cb in learn.cbs) else nullcontext
 
 def learner_weights(learn:Learner, model:nn.Module, fakes) -> int: # Bytes
-    "Count the weights with the state of the learner's optimizer, or say that it is not known"
+    "Count the weights and the state of the learner's optimizer. Warn if that state cannot be planned"
     try: return weights_bytes(model, fakes, partial(learn.opt_func, lr=learn.lr))
     except CannotPlan as e:
-        warnings.warn(f"The plan is without the optimizer's state: {e}")
+        warnings.warn(f"The plan leaves out the optimizer's state: {e}")
         return weights_bytes(model, fakes)
 
 def _curve(search:_Search):
@@ -240,14 +240,14 @@ def _curve(search:_Search):
 @patch
 def memory_plan(self:Learner,
     n_step:int=16,             # Micro-batches per window
-    memory:int|str|None=None,  # The device's, in bytes or as '8GiB'. None: the card's, or that of the GPU in use
+    memory:int|str|None=None,  # The device's memory, in bytes or as '8GiB'. None: the card's, or that of the GPU in use
     card:str|Card|None=None,   # A name in `CARDS` or a `Card`, for modelled seconds
     plot:bool=True,            # Draw memory against time?
-) -> pd.DataFrame: # As of `memory_plan`
+) -> pd.DataFrame: # Columns of `memory_plan`
     """Plan a window of `n_step` micro-batches, and say which call makes it fit.
 
-    The model is planned in training mode, with what is frozen now, in mixed precision after `to_fp16` or `to_bf16`.
-    Raises `ValueError` for arguments out of range and what `memory_plan` refuses."""
+    Plans the model in training mode, frozen as it is now, in mixed precision after `to_fp16` or `to_bf16`.
+    Raises `ValueError` if an argument is out of range, or if `memory_plan` refuses the model."""
     _check(n_step)
     card,model,data = card and find_card(card),get_model(self.model),_Data(self, n_step)
     memory,run = _memory(memory, card, model),partial(run_in_window, cast=precision_of(self))

@@ -1,7 +1,7 @@
 """`from fastai_bn.all import *`
 
-Everything that a user of the package needs, beside `from fastai.vision.all import *`. Every module has a page of its
-own.
+Import everything that a user of the package needs, beside `from fastai.vision.all import *`. Every module has its own
+page.
 
 Docs: the notebook nbs/all.ipynb"""
 

@@ -1,9 +1,9 @@
-"""Forward and backward pass inside the real pager, on tensors without memory
+"""Run forward and backward passes inside the real pager, on tensors without memory
 
-A plan (`fastai_bn.plan`) is made of windows that run to be counted. This module runs them: how often, in which
-precision, under which clock; and it counts what stays on the device beside the activations.
+A plan (`fastai_bn.plan`) runs windows only to count them. This module runs these windows: it decides how often, in
+which precision, and under which clock. It also counts the memory that stays on the device beside the activations.
 
-You need this page to understand or to change what a plan counts. To plan you do not.
+Read this page to understand or to change the figures of a plan. You do not need it to make a plan.
 
 Docs: the notebook nbs/72a_counting.ipynb"""
 
@@ -29,7 +29,7 @@ __all__ = []
 
 # %% ../nbs/72a_counting.ipynb #2a1e7b49
 def checked_loss(loss) -> Tensor:
-    "Raise `ValueError` for a loss that has no backward pass"
+    "Raise `ValueError` if a loss has no backward pass"
     if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1: return loss
     what = f'{list(loss.shape)}' if isinstance(loss, Tensor) else type(loss).__name__
     raise ValueError(
@@ -52,27 +52,27 @@ def run_window(
 # %% ../nbs/72a_counting.ipynb #c5e4c16f
 @contextmanager
 def mixed_precision():
-    "Cast as a GPU does in mixed precision, on the CPU"
+    "Cast on the CPU as a GPU does in mixed precision"
     try:
         with torch.autocast('cpu', torch.bfloat16): yield
     finally: torch.clear_autocast_cache()
 
 def precision():
-    "Tell how forward passes are to run: as somebody has autocast set now"
+    "Return the context for forward passes: mixed precision if the caller has autocast on"
     return mixed_precision if any(map(torch.is_autocast_enabled, ('cpu','cuda'))) else nullcontext
 
 # %% ../nbs/72a_counting.ipynb #cfc757b5
-WINDOWS = 5  # until then the order of operations has settled
+WINDOWS = 5  # most windows to run; the order of operations settles within them
 PIECES = 6   # sizes of pieces to try
 
 class CountedWindows:
-    "Run windows of `model` on tensors without memory, and count"
+    "Run windows of `model` on tensors without memory, and count their memory and time"
     def __init__(self,
         model:nn.Module,
         loss_func,
         fakes:Fakes,
-        card:Card|None=None,   # For the time; None: it is not modelled
-        run=run_window,        # How a window runs
+        card:Card|None=None,   # Card whose time is modelled; None: time is not modelled
+        run=run_window,        # Function that runs a window
         keep_grads:bool=False, # Do gradients stay from window to window, filled with zeros?
         remake:bool|None=None, # As in `ActivationPager`
     ):
@@ -83,7 +83,7 @@ class CountedWindows:
         for p in self.model.parameters(): p.grad = None
 
     def row(self, way:str, xb:tuple, yb:tuple, budget:int|None=None, micro_bs:int|None=None, n_step:int=1) -> dict:
-        "Count what a window takes, or one of `n_step` micro-batches of it"
+        "Count what a window takes, or one of its `n_step` micro-batches"
         model = self.model if micro_bs is None else MicroBatched(self.model, micro_bs)
         pager,clock = self.pager(budget)
         found = self.settled(pager, partial(self.window, pager, clock, model, xb, yb), self.keep_grads or n_step > 1)
@@ -92,7 +92,7 @@ class CountedWindows:
                     host=pager.host_peak, floor=pager.need, floor_op=str(pager.need_op), **found)
 
     def settled(self, pager:ActivationPager, window, keep:bool) -> dict:
-        "Run windows until one is as the one before, and count the last. Do gradients stay?"
+        "Run windows until one repeats the one before, and count the last. `keep` the gradients between windows?"
         self.forget_grads()
         for i in range(WINDOWS if pager.remake or pager.budget else 1+keep):
             before,moved,remade = (id(pager.order), pager.checked),pager.moved,pager.remade
@@ -118,17 +118,17 @@ class CountedWindows:
 
 # %% ../nbs/72a_counting.ipynb #6eb10452
 def largest_piece(
-    floor,      # Callable of samples per piece: bytes that an operation needs
+    floor,      # Callable of samples per piece: bytes that the largest operation needs
     n:int,      # Samples in all
-    usable:int, # Bytes
-) -> int|None: # Samples; None: not even one fits
-    "Find the largest pieces whose operations fit, in few tries: most take in proportion to their samples"
+    usable:int, # Bytes that the device has for activations
+) -> int|None: # Samples per piece; None: not even one sample fits
+    "Find the largest pieces whose operations fit, in few tries: memory mostly grows with the samples"
     lo,hi,at_lo,at_hi = 0,n,0,floor(n)
     if at_hi <= usable: return n
     for i in range(n):
         if hi-lo == 1 or lo and i >= PIECES: break
         k = lo + int((hi-lo)*max(0, usable-at_lo)/(at_hi-at_lo)) if at_hi > at_lo else lo
-        k = min(max(k, lo+1), hi-1 if lo else max(1, hi//2))  # while nothing has fitted, at most half
+        k = min(max(k, lo+1), hi-1 if lo else max(1, hi//2))  # at most half, until a size has fitted
         found = floor(k)
         if found <= usable: lo,at_lo = k,found
         else: hi,at_hi = k,found
@@ -137,24 +137,24 @@ def largest_piece(
 def n_bytes(
     trees, # Tensors, also within tuples, lists and dicts
 ) -> int:
-    "Count the bytes of storages, each once"
+    "Count the bytes of storages, each storage once"
     storages = [t.untyped_storage() for t in tree_iter(trees) if isinstance(t, Tensor)]
     return sum({st._cdata:st.nbytes() for st in storages}.values())
 
 # %% ../nbs/72a_counting.ipynb #583e31c3
 def _state_of(opt, params:list) -> list[dict]:
-    "Get what an optimizer keeps after a step. Raise `CannotPlan` if the step reads values"
+    "Return the state of an optimizer after a step. Raise `CannotPlan` if the step reads values"
     optimizer = opt(params)
     try: optimizer.step()
     except CannotPlan as e: raise CannotPlan(
-        f"`opt` must make an optimizer whose step does not read values, got {type(optimizer).__name__}. Leave it out: "
-        "the plan is then without the optimizer's state") from e
+        f"`opt` must make an optimizer whose step does not read values, got {type(optimizer).__name__}. Leave it out "
+        "to plan without the optimizer's state") from e
     return [dict(o) for o in optimizer.state.values()]
 
 def weights_bytes(
     model:nn.Module, # With fake parameters
     fakes:Fakes,
-    opt=None,        # Makes an optimizer of a list of parameters. None: its state is not counted
+    opt=None,        # Makes an optimizer for a list of parameters. None: do not count its state
 ) -> int:
     "Count parameters, gradients, buffers, and the state of an optimizer that has made a step"
     params = list(model.parameters())

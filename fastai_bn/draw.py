@@ -1,12 +1,12 @@
-"""`make_hpa`: cells drawn in the layout of the Human Protein Atlas, for demonstrations and tests
+"""`make_hpa` draws cells in the layout of the Human Protein Atlas, for demonstrations and tests
 
 `make_hpa` draws cells: a nucleus (blue), microtubules (red), the reticulum (yellow), and the protein (green) in the
-place or places that the image's labels say. Exposure, background and noise vary from image to image, as they do under
-the microscope; `lab_shift` gives all images the look of another laboratory.
+places that the image's labels name. Exposure, background and noise vary from image to image, as they do under the
+microscope; `lab_shift` gives all images the look of another laboratory.
 
-**Use it** to try something at once, and in tests that must not download anything. The drawing is small and
-deterministic, and has what matters here: labels that can be learnt, unbalanced, with statistics that differ by sample.
-**Do not use it** to judge a model: it is no substitute for the real data. `HPADataLoaders` reads both.
+**Use it** to try something at once, and in tests that must not download anything. The drawings are small and
+deterministic. Their labels can be learnt and are unbalanced, and their statistics differ by sample. **Do not use it**
+to judge a model: drawings are no substitute for the real data. `HPADataLoaders` reads both.
 
 Docs: the notebook nbs/51_draw.ipynb"""
 
@@ -53,7 +53,7 @@ def _stripes(rng, size:int, px:float) -> np.ndarray:
 
 # %% ../nbs/51_draw.ipynb #443e0ee4
 def _one_cell(rng, x:np.ndarray, y:np.ndarray, cx:float, cy:float, side:float) -> tuple[np.ndarray,...]:
-    "Place a cell near (`cx`, `cy`): its distance maps `u` (membrane) and `v` (nucleus), and its angle map"
+    "Place a cell near (`cx`, `cy`). Return its distance maps `u` (membrane) and `v` (nucleus), and its angle map"
     py,px = np.array([cy,cx]) + rng.uniform(-.08, .08, 2)
     turn = rng.uniform(0, math.pi)
     flat = rng.uniform(.75, 1)
@@ -69,7 +69,7 @@ def _one_cell(rng, x:np.ndarray, y:np.ndarray, cx:float, cy:float, side:float) -
 
 # %% ../nbs/51_draw.ipynb #9de565ac
 def _cells(rng, size:int) -> tuple[np.ndarray,...]:
-    "Draw the cells of an image: maps of `u`, `v`, the angle, and the number of the cell (0: background)"
+    "Draw the cells of an image. Return maps of `u`, `v`, the angle, and the number of the cell (0: background)"
     y,x = np.mgrid[:size,:size]/size
     u,v,angle = np.full((size,size), 9.),np.full((size,size), 9.),np.zeros((size,size))
     number = np.zeros((size,size), np.uint8)
@@ -86,7 +86,7 @@ def _cells(rng, size:int) -> tuple[np.ndarray,...]:
 
 # %% ../nbs/51_draw.ipynb #484d7873
 def _protein(rng, label:int, u, v, angle, red, yellow) -> np.ndarray:
-    "Draw where the protein of `label` is, about 0 to 1"
+    "Draw the protein of `label` in its place, with values of about 0 to 1"
     size = len(u)
     px,cell,nuc = size/128,u<1,v<1
     cyt = cell & ~nuc
@@ -125,7 +125,7 @@ def _draw(rng, labels:list[int], size:int, lab_shift:float) -> tuple[np.ndarray,
     return x,number*nuc
 
 def _exposed(rng, x:np.ndarray, px:float, lab_shift:float) -> np.ndarray:
-    "Take a picture of `x` [4, H, W]"
+    "Take a picture of the channels `x` [4, H, W], as a microscope does"
     blur = (.5+.6*abs(lab_shift))*px
     x = ndi.gaussian_filter(x, (0, blur, blur))
     exposure = np.exp(rng.normal(0, .35, (4,1,1)))
@@ -163,7 +163,7 @@ def _check_shift(lab_shift:float):
         raise ValueError(f"`lab_shift` must be a number from -2 to 2, got {lab_shift!r}. 0 is the usual look")
 
 def _clear(path:Path):
-    "Remove what `make_hpa` has written to `path`. Raise `ValueError` if the train.csv there is somebody else's"
+    "Remove the files that `make_hpa` wrote to `path`. Raise `ValueError` if `path` has a train.csv of others"
     drawn = r'\d{4,}-\d{6}'
     ids = read_table(path)[0] if (path/'train.csv').is_file() else []
     others = [i for i in ids if not re.fullmatch(drawn, i)]
@@ -174,19 +174,19 @@ def _clear(path:Path):
 
 # %% ../nbs/51_draw.ipynb #4f39ca4e
 def make_hpa(
-    path,                  # Folder to write train.csv and train/ into; made if need be
+    path,                  # Folder for train.csv and train/; made if it does not exist
     n:int=500,             # Number of images, at least 1
     size:int=128,          # Height and width in pixels, at least 16
     seed:int=0,            # The same seed gives the same files. At least 0
     masks:bool=False,      # Write masks/{Id}.png too: nuclei, 0 for background, else the number of the cell
-    lab_shift:float=0.,    # How far gain per channel, background and blur are another laboratory's: -2 to 2, 1 is a lot
+    lab_shift:float=0.,    # Shift of gains, background and blur towards another laboratory's: -2 to 2, 1 is a lot
     progress:bool=True,    # Show a progress bar?
 ) -> Path: # `path`
     """Write `n` drawn images in the Human Protein Atlas layout, with 16 of its 28 labels, 1 to 3 an image.
 
-    Replaces what an earlier call has written to `path`, and touches nothing else.
-    Raises `ValueError` for other numbers than those listed here, and if a train.csv in `path` cannot be read, or has
-    Ids that `make_hpa` did not write."""
+    Replaces the files that an earlier call wrote to `path`, and touches no others.
+    Raises `ValueError` if a number is not one of those listed here.
+    Raises `ValueError` if a train.csv in `path` cannot be read, or has Ids that `make_hpa` did not write."""
     check_at_least(1, 'n', n, "Give a number of images")
     check_at_least(16, 'size', size, "Give the height and width in pixels")
     check_at_least(0, 'seed', seed, "The same one gives the same files")

@@ -1,11 +1,11 @@
-"""A model of any size runs on tensors that have shapes and no memory
+"""Run a model of any size on tensors that have shapes and no memory
 
-PyTorch has *fake tensors*: they know shape, type, device and storage, and have no memory. Operations on them compute
-shapes only. So a window that no machine here could hold can be run, and the pager (`fastai_bn.paging`) counts its
-storages as it counts real ones. This module makes fake tensors of real ones, puts them in a model's place for a while,
-and mends the sizes that PyTorch gets wrong.
+PyTorch has *fake tensors*: they have a shape, a type, a device and a storage, and no memory. Operations on them compute
+shapes only. So you can run a window that does not fit on your machine, and the pager (`fastai_bn.paging`) counts its
+storages like real ones. This module makes fake tensors from real ones, puts them into a model for a while, and corrects
+the sizes that PyTorch gets wrong.
 
-You need this page to understand or to change how `memory_plan` runs a model. To plan you do not.
+Read this page to understand or to change how `memory_plan` runs a model. You do not need it to make a plan.
 
 Docs: the notebook nbs/71_fakes.ipynb"""
 
@@ -34,14 +34,14 @@ from .undo import insist
 __all__ = []
 
 # %% ../nbs/71_fakes.ipynb #36e7457d
-class CannotPlan(ValueError): "The model does something that needs real tensors"
+class CannotPlan(ValueError): "Say that the model needs real tensors"
 
 _READS = fake_tensor.DataDependentOutputException,fake_tensor.DynamicOutputShapeException
 _LACKS = fake_tensor.UnsupportedFakeTensorException,fake_tensor.UnsupportedOperatorException
 _OTHERS = 'mkldnn_rnn_layer','_ctc_loss','_cudnn_ctc_loss','_embedding_bag','_thnn_fused_lstm_cell'
 
 def cannot_plan(who:str, why:str) -> CannotPlan:
-    "Make the error that names a layer and the way out"
+    "Make the error that names the layer `who`, the reason, and the remedy"
     return CannotPlan(
         f"{who} cannot be planned without memory: {why}. Run one real micro-batch inside `with ActivationPager(None) "
         "as pager:` and scale: `pager.peak` grows with the samples")
@@ -49,14 +49,14 @@ def cannot_plan(who:str, why:str) -> CannotPlan:
 def name_of(layer:str) -> str: return f"Layer '{layer}'" if layer else 'The model'
 
 # %% ../nbs/71_fakes.ipynb #365fe28a
-_LIFTS = 'lift','lift_fresh','lift_fresh_copy' # Take a constant in
-_UNMASKED = 'grid_sampler_2d_backward','grid_sampler_3d_backward' # Make all gradients
+_LIFTS = 'lift','lift_fresh','lift_fresh_copy' # These take in a constant
+_UNMASKED = 'grid_sampler_2d_backward','grid_sampler_3d_backward' # These make all gradients
 _MEAN_IN_PLACE = 'mse_loss','smooth_l1_loss','soft_margin_loss','binary_cross_entropy'
 _NORMS = 'native_batch_norm','_native_batch_norm_legit','native_group_norm','native_layer_norm'
 
 @cache
 def _place(func, name:str) -> int|None:
-    "Find argument `name` of an operator"
+    "Find the position of argument `name` of an operator; None if it has none"
     return next((i for i,a in enumerate(func._schema.arguments) if a.name == name), None)
 
 def _argument(func, name:str, args:tuple, kwargs:dict):
@@ -67,29 +67,29 @@ def _argument(func, name:str, args:tuple, kwargs:dict):
 
 # %% ../nbs/71_fakes.ipynb #c0ffe201
 def _update_stats(mode, x:Tensor, running_mean:Tensor|None, running_var:Tensor|None, momentum:float) -> tuple:
-    "Make mean and variance as `torch.batch_norm_update_stats` does, which lock step calls"
+    "Make mean and variance like `torch.batch_norm_update_stats`, which lock step calls"
     dtype = x.dtype if running_mean is None else running_mean.dtype
     with mode: return torch.empty(x.shape[1], dtype=dtype),torch.empty(x.shape[1], dtype=dtype)
 
 def _gradient_like(x:Tensor, weight:Tensor|None, out:tuple) -> tuple:
-    "Give gradients the type of `x`, which comes first, and of its weight; that of `x` has no gaps or turns in memory"
+    "Give the gradient of `x`, which comes first, its type and contiguous memory, and the others the weight's type"
     dx,*others = out
     types = x.dtype,*[(x if weight is None else weight).dtype for _ in others]
     dx,*others = [o if o is None else o.to(dtype) for o,dtype in zip(out, types)]
     return (dx if dx is None else dx.contiguous(), *others)
 
 def _room(func, name:str, args:tuple, kwargs:dict) -> int:
-    "Count the values for which an operation allocates memory, where that is more than it returns; else 0"
+    "Count the values that an operation allocates if these are more than it returns; else return 0"
     if name == 'col2im': return args[0].numel()
     if name not in _MEAN_IN_PLACE or not _argument(func, 'reduction', args, kwargs): return 0
     return torch.broadcast_shapes(args[0].shape, args[1].shape).numel()
 
 def out_numel(out) -> float: return out.numel() if isinstance(out, Tensor) else math.inf
 
-_OURS = dict(batch_norm_update_stats=_update_stats) # Operations that have no fake version
+_OURS = dict(batch_norm_update_stats=_update_stats) # Operations without a fake version in PyTorch
 
 def _float_stats(args:tuple, out:tuple) -> tuple:
-    "Make statistics of float32 where weights or running statistics are"
+    "Make statistics in float32 if weights or running statistics are in float32"
     is_half = args[0].dtype in (torch.half, torch.bfloat16)
     is_mixed = is_half and any(isinstance(o, Tensor) and o.dtype is torch.float for o in args[1:])
     return (out[0], *[o.float() for o in out[1:]]) if is_mixed else out
@@ -98,51 +98,51 @@ def _float_stats(args:tuple, out:tuple) -> tuple:
 def _name_of(func) -> str: return func._schema.name.rpartition('::')[2] if hasattr(func, '_schema') else ''
 
 def _has_real(args:tuple) -> bool:
-    "Is there a tensor with memory?"
+    "Tell whether `args` have a tensor with memory"
     return any(not isinstance(t, fake_tensor.FakeTensor) for t in tensors_in(args) if isinstance(t, Tensor))
 
 class CPUFakes(fake_tensor.FakeTensorMode):
-    "Fake tensors with the sizes of the CPU's"
+    "Compute on fake tensors, with the sizes that the CPU gives"
     def __init__(self):
-        # Else operations without a fake version run on real zeros
+        # Otherwise operations without a fake version would run on real zeros
         super().__init__(allow_non_fake_inputs=True, allow_fallback_kernels=False)
-        self.tracker = None  # Who is at work
-        self.of,self.met = None,{} # Makes a fake of a real tensor; real ones that were met, with their gradients, by id
+        self.tracker = None  # A `LayerTracker`: knows the layer at work
+        self.of,self.met = None,{} # Makes a fake of a real tensor; real tensors met so far and their gradients, by id
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name,kwargs = _name_of(func),kwargs or {}
-        if name.removesuffix('_backward') in _OTHERS: raise self.refusal(func, "which has other sizes on fake tensors")
+        if name.removesuffix('_backward') in _OTHERS: raise self.refusal(func, "whose sizes differ on fake tensors")
         if name not in _LIFTS and _has_real((*args, *kwargs.values())):
             args,kwargs = tree_map_only(Tensor, self.stand_in, (args, kwargs))
         if name in _OURS: return _OURS[name](self, *args, **kwargs)
         try: out = super().__torch_dispatch__(func, types, args, kwargs)
         except _READS as e: raise self.refusal(func, "which reads the values of a tensor") from e
-        except _LACKS as e: raise self.refusal(func, "which has no version without memory") from e
+        except _LACKS as e: raise self.refusal(func, "which has no version for fake tensors") from e
         return self.as_on_cpu(func, name, args, kwargs, out) if name else out
 
     def stand_in(self, t:Tensor) -> Tensor:
-        "Make a fake of a real tensor, as those are that a closure has. It is not written to, and keeps its gradient"
+        "Make a fake of a real tensor, such as one in a closure. The real one stays as it is, with its gradient"
         if isinstance(t, fake_tensor.FakeTensor): return t
         if id(t) not in self.met: self.met[id(t)] = t,t.grad if t.is_leaf else None
         return self.of(t)
 
     def put_back_gradients(self):
-        "Give real tensors the gradients that they had, and let go of them"
+        "Give the real tensors back their gradients, and release the tensors"
         for t,grad in self.met.values():
             if t.is_leaf and t.grad is not grad: t.grad = grad
         self.met.clear()
 
     def refusal(self, func, why:str) -> CannotPlan:
-        "Name the layer that cannot be planned"
+        "Make the error that names the layer at work"
         return cannot_plan(name_of(self.tracker and self.tracker.now()), f"it calls {func}, {why}")
 
     def as_on_cpu(self, func, name:str, args:tuple, kwargs:dict, out):
-        "Make of what `func` returned what it returns on the CPU"
+        "Change the result of `func` to the tensors that it returns on the CPU"
         if name in _NORMS: return _float_stats(args, out)
         n = _room(func, name, args, kwargs)
         if n > out_numel(out):
             with self: return out.new_empty(n).resize_(out.shape)
-        # The gradient of the input is of the input's type, in mixed precision, too
+        # The gradient of the input has the input's type, in mixed precision, too
         if name.removesuffix('_backward') in _NORMS:
             out = _gradient_like(args[1], _argument(func, 'weight', args, kwargs), out)
         mask = None if name in _UNMASKED else _argument(func, 'output_mask', args, kwargs)
@@ -150,49 +150,49 @@ class CPUFakes(fake_tensor.FakeTensorMode):
 
 # %% ../nbs/71_fakes.ipynb #b27f0db5
 class Fakes:
-    "Make fake tensors of real ones, under one mode"
+    "Make fake tensors from real ones, under one mode"
     def __init__(self):
         self.mode,self.storages = CPUFakes(),{}
         self.mode.of = self.of
 
     def of(self, t:Tensor) -> Tensor:
-        "Make a fake tensor, on the CPU, of any tensor with a storage"
+        "Make a fake tensor on the CPU from any tensor with a storage"
         if is_lazy(t): raise ValueError(
-            "The model has lazy layers that do not know their shapes yet: run one batch through it first")
+            "The model has lazy layers, which do not know their shapes yet: run one batch through it first")
         if t.layout is not torch.strided or t.is_quantized or hasattr(t, '__tensor_flatten__'): raise CannotPlan(
-            f"Tensors of {t.layout} and type {type(t).__name__} cannot be planned: use dense ones")
+            f"Tensors of {t.layout} and type {type(t).__name__} cannot be planned: use dense tensors")
         if isinstance(t, fake_tensor.FakeTensor): return t
         with torch._C.DisableTorchFunctionSubclass(), torch.no_grad(), self.mode:
             return torch.empty(0, dtype=t.dtype).set_(self._storage(t), t.storage_offset(), t.shape, t.stride())
 
     def _storage(self, t:Tensor) -> torch.UntypedStorage:
-        "Make the fake storage, or find it. The real one is kept, so that its address stays its own"
+        "Find or make the fake storage. Keep the real one, so that no other storage gets its address"
         st = t.untyped_storage()
         if st._cdata not in self.storages:
             self.storages[st._cdata] = torch.empty(st.nbytes(), dtype=torch.uint8),st
         return self.storages[st._cdata][0].untyped_storage()
 
     def close(self):
-        "Leave real tensors as they were, and let go of them"
+        "Give the real tensors back their gradients, and release them"
         self.mode.put_back_gradients()
         self.storages.clear()
         self.mode.of = self.mode.tracker = None
 
     def param(self, p:nn.Parameter) -> nn.Parameter:
-        "Make a fake parameter"
+        "Make a fake parameter from `p`"
         with self.mode: return nn.Parameter(self.of(p), p.requires_grad)
 
     def all_in(self, o):
-        "Make fake tensors of all in tuples, lists and dicts"
+        "Make fake tensors from all tensors in tuples, lists and dicts"
         if isinstance(o, Tensor): return self.of(o)
         if isinstance(o, Mapping): return type(o)({k:self.all_in(v) for k,v in o.items()})
         return rebuild(o, [self.all_in(v) for v in o]) if isinstance(o, (tuple,list)) else o
 
 # %% ../nbs/71_fakes.ipynb #fbd6515c
-MODULE_ATTRS = set(vars(nn.Module())) # what every module has
+MODULE_ATTRS = set(vars(nn.Module())) # attributes of every module
 
 def _exchange(m:nn.Module, param, tensor):
-    "Exchange parameters, buffers, and tensors among the attributes of a module, in lists and dicts, too"
+    "Exchange parameters, buffers, and tensors in the attributes of a module, also in lists and dicts"
     own = {k:v for k,v in vars(m).items() if k not in MODULE_ATTRS and isinstance(v, (Tensor,list,tuple,dict))}
     m._parameters.update({k:param(p) for k,p in m._parameters.items() if p is not None})
     m._buffers.update({k:tensor(b) for k,b in m._buffers.items() if b is not None})
@@ -202,10 +202,10 @@ def _exchange(m:nn.Module, param, tensor):
 @contextmanager
 def stand_ins(
     model:nn.Module,
-    param,  # Called with each parameter, returns what stands in for it
-    tensor, # The same for buffers and for other tensors that modules have as attributes
+    param,  # Called with each parameter, returns its stand-in
+    tensor, # The same for buffers and for other tensors in attributes of modules
 ):
-    "Within, others stand in for the tensors of `model`; afterwards all is as it was"
+    "Within, other tensors stand in for those of `model`. Afterwards put all back"
     state,shared = PerBatchState(model, 2),{}
     before = [(d, dict(d)) for m in model.modules() for d in (m._parameters, m._buffers)]
     def put_back():
@@ -226,7 +226,7 @@ def stand_ins(
 # %% ../nbs/71_fakes.ipynb #4b8e5b65
 @contextmanager
 def plain_fakes():
-    "Within, a fake tensor stays one where it is to be of a subclass"
+    "Within, `as_subclass` returns a fake tensor as it is"
     before,real = vars(Tensor).get('as_subclass'),Tensor.as_subclass
     def as_subclass(t, cls): return t if isinstance(t, fake_tensor.FakeTensor) else real(t, cls)
     def put_back():
@@ -239,23 +239,23 @@ def plain_fakes():
 
 # %% ../nbs/71_fakes.ipynb #79f436db
 def _refuse_scripted(model:nn.Module):
-    "Raise `CannotPlan` for modules whose tensors nothing can stand in for"
+    "Raise `CannotPlan` if a module is scripted or traced, because its tensors cannot be exchanged"
     for k,m in model.named_modules():
         if isinstance(m, torch.jit.ScriptModule): raise CannotPlan(
             f"{name_of(k)} is scripted or traced (torch.jit), so it cannot be planned. Plan "
-            "the model as it was before")
+            "the original model")
 
 def modules_of(f) -> list[nn.Module]:
-    "List the modules that a loss is, or has as attributes, as fastai's losses have"
+    "List the module that a loss is, or the modules in its attributes, as in fastai's losses"
     if isinstance(f, nn.Module): return [f]
     return [o for o in getattr(f, '__dict__', {}).values() if isinstance(o, nn.Module)]
 
 @contextmanager
 def without_memory(
     model:nn.Module,
-    loss_func=None,  # Its class weights are tensors, too
+    loss_func=None,  # May have tensors, such as class weights
 ): # `Fakes`
-    "Within, `model` and `loss_func` run on fake tensors, which the `Fakes` make, and only on these"
+    "Within, `model` and `loss_func` run on the fake tensors of `Fakes`, and only on these"
     _refuse_scripted(model)
     fakes,all_modules = Fakes(),nn.ModuleList([model, *modules_of(loss_func)])
     try:

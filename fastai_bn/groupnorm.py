@@ -1,14 +1,14 @@
-"""`bn_to_gn`: GroupNorm in place of BatchNorm, in any model; `weight_standardize` to go with it
+"""`bn_to_gn` replaces BatchNorm by GroupNorm in any model; `weight_standardize` goes with it
 
-At 2 samples per GPU, a ResNet-50 with BatchNorm (BN) has 34.7 % error on ImageNet instead of 23.6 % at 32. With
-GroupNorm (GN, Wu and He, [arXiv 1803.08494](https://arxiv.org/abs/1803.08494)) it has 24.1 % at both. GN normalises
-each sample by itself, by the mean and the variance of a *group* of channels over all positions: no batch, no running
-statistics, the same in training and at inference.
+A ResNet-50 with BatchNorm (BN) has 23.6 % error on ImageNet at 32 samples per GPU, and 34.7 % at 2. With GroupNorm
+(GN, Wu and He, [arXiv 1803.08494](https://arxiv.org/abs/1803.08494)) it has 24.1 % at both. GN normalises each sample
+by itself, by the mean and the variance of a *group* of channels over all positions. It needs no batch and no running
+statistics, and it does the same in training and at inference.
 
 **Use it** for nets trained from scratch (or fine-tuned for long) with 1 to 4 samples, when nothing else in the training
-needs BN. **Do not use it** as a drop-in for BN in a pretrained net: the weights are copied, but the activations change,
-and the net must be fine-tuned before it is good for anything. If only the batch is too small, `AccumulateGradBN` with a
-`bn_bs` keeps BN and its pretrained weights. For U-Nets see `gn_unet_learner`.
+needs BN. **Do not use it** as a drop-in for BN in a pretrained net: the weights stay, but the activations change, and
+you must fine-tune the net before you use it. If only the batch is too small, `AccumulateGradBN` with a `bn_bs` keeps BN
+and its pretrained weights. For U-Nets see `gn_unet_learner`.
 
 Docs: the notebook nbs/40_groupnorm.ipynb"""
 
@@ -34,31 +34,31 @@ __all__ = ['GroupNorm', 'bn_to_gn', 'weight_standardize']
 
 # %% ../nbs/40_groupnorm.ipynb #155ef288
 def _group_norm(x:Tensor, num_groups:int, weight:Tensor|None, bias:Tensor|None, eps:float) -> Tensor:
-    "Call `F.group_norm`. Warn where it leaves nothing of the values, but not in compiled, scripted or traced code"
+    "Call `F.group_norm`. Warn if only signs are left, except in compiled, scripted or traced code"
     if not torch.jit.is_scripting():
         if not torch.jit.is_tracing() and not torch.compiler.is_compiling(): _warn_of_signs(x, num_groups)
     return F.group_norm(x, num_groups, weight, bias, eps)
 
 def _warn_of_signs(x:Tensor, num_groups:int):
-    "Warn of groups with two values, which become -1 and 1, or with one, which becomes 0"
-    # while torch.fx traces, `x` is no tensor
+    "Warn of groups of two values, which become -1 and 1, and of one value, which becomes 0"
+    # while torch.fx traces, `x` is not a tensor
     if isinstance(x, Tensor) and 0 < x.numel() <= 2*len(x)*num_groups:
-        warnings.warn("GroupNorm normalises groups of one or two values, of which nothing is left but signs: as behind "
-                      "global pooling. Use fewer groups there (num_groups, or a larger channels_per_group), or no norm")
+        warnings.warn("GroupNorm normalises groups of one or two values and keeps only their signs, as after global "
+                      "pooling. Use fewer groups there (num_groups, or a larger channels_per_group), or no norm")
 
 # %% ../nbs/40_groupnorm.ipynb #6ddec1ca
 class _KnownNorm(nn.LayerNorm):
-    "Be one of fastai's `norm_types`, by class alone: all else comes from `nn.GroupNorm`"
+    "Make a subclass one of fastai's `norm_types`. All else comes from `nn.GroupNorm`"
     def __init__(self): nn.Module.__init__(self)
 
 class GroupNorm(nn.GroupNorm, _KnownNorm):
-    """Normalise groups of channels, as `nn.GroupNorm`. fastai initialises, decays and freezes it as it does BN.
+    """Normalise groups of channels, like `nn.GroupNorm`. fastai initialises, decays and freezes it like BN.
 
     `GroupNorm(num_groups, num_channels, eps=1e-5, affine=True)` maps [B, C, *] to the same shape: in each sample,
     `num_groups` groups of neighbouring channels get mean 0 and variance 1. `num_channels` is C, `eps` is added to the
-    variance, and `affine` gives each channel a gamma and a beta. It also loads what a BatchNorm has saved, and skips
+    variance, and `affine` gives each channel a gamma and a beta. It also loads the state dict of a BatchNorm, without
     the running statistics.
-    Warns where a group has one or two values, of which nothing is left but signs (not in compiled, scripted or traced
+    Warns if a group has one or two values, because only their signs are left (not in compiled, scripted or traced
     code).
     Raises `ValueError`, from PyTorch, if `num_groups` does not divide `num_channels`."""
     def forward(self, x): return _group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
@@ -80,54 +80,54 @@ class _GroupNorm1dFlat(GroupNorm):
 
 # %% ../nbs/40_groupnorm.ipynb #7fc51a06
 def _n_groups(num_channels:int, num_groups:int=32, channels_per_group:int|None=None) -> int:
-    "Find the most groups, up to those asked for, that divide the channels with two, or `channels_per_group`, in each"
+    "Find the most groups, up to the limit, that divide the channels and hold two, or `channels_per_group`, of them"
     per = channels_per_group or 2
     most = num_channels//per if channels_per_group else min(num_groups, num_channels//per)
     return next((g for g in range(most, 0, -1) if num_channels % g == 0), 1)
 
 # %% ../nbs/40_groupnorm.ipynb #611e9aaf
 def _has_act(m:nn.Module) -> bool:
-    "Tell whether `m` drops and activates, as timm's layers do"
+    "Tell whether `m` drops and activates, like timm's layers"
     return hasattr(m, 'act') and hasattr(m, 'drop')
 
 def _gn_class(m:nn.Module) -> type:
-    "Choose the class that does what `m` does around its normalisation"
+    "Choose the class that keeps the steps of `m` around its normalisation"
     if isinstance(m, BatchNorm1dFlat): return _GroupNorm1dFlat
     if _has_act(m): return _GroupNormAct
     if type(m).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
         warnings.warn(
-            f"bn_to_gn: {type(m).__qualname__} has a forward of its own, of which only the normalisation is left")
+            f"bn_to_gn: {type(m).__qualname__} has its own forward, and GroupNorm keeps only the normalisation of it")
     return GroupNorm
 
 def _to_gn(m:_BatchNorm, num_groups:int, channels_per_group:int|None):
-    "Make GroupNorm of `m`"
+    "Turn `m` into a GroupNorm"
     cls,c = _gn_class(m),m.num_features
     flat = isinstance(m, nn.BatchNorm1d)
     g = 1 if flat else _n_groups(c, num_groups, channels_per_group)
     if flat and c <= 2:
-        warnings.warn(f"bn_to_gn: BatchNorm1d({c}) becomes the LayerNorm of {c} feature(s), of which nothing is left "
-                      "but signs. Keep BatchNorm there")
+        warnings.warn(f"bn_to_gn: BatchNorm1d({c}) becomes a LayerNorm of {c} feature(s), which keeps only their "
+                      "signs. Keep BatchNorm there")
     for k in (*_BN_BUFFERS, 'num_features','momentum','track_running_stats','process_group'):
         if hasattr(m, k): delattr(m, k)
     m.__class__,m.num_channels,m.num_groups = cls,c,g
 
 # %% ../nbs/40_groupnorm.ipynb #c26d0d37
 def check_groups(num_groups, channels_per_group=None):
-    "Raise `ValueError` if these are no numbers of groups and channels"
+    "Raise `ValueError` unless both are valid numbers of groups and channels"
     if not is_count(num_groups):
         raise ValueError(f"`num_groups` must be an integer >= 1, got {num_groups!r}. 1 is LayerNorm")
     if not (channels_per_group is None or is_count(channels_per_group)): raise ValueError(
         f"`channels_per_group` must be an integer >= 1 or None, got {channels_per_group!r}. None: `num_groups` decides")
 
 def make_known(model:nn.Module):
-    "Make the `nn.GroupNorm` layers of `model`, and timm's with activation, known to fastai"
+    "Make the `nn.GroupNorm` layers of `model`, and timm's layers with activation, known to fastai"
     for m in model.modules():
         if type(m) is nn.GroupNorm: m.__class__ = GroupNorm
         elif isinstance(m, nn.GroupNorm) and not isinstance(m, GroupNorm) and _has_act(m): m.__class__ = _GroupNormAct
 
 # %% ../nbs/40_groupnorm.ipynb #bbfe1d98
 def _copied(model:nn.Module) -> nn.Module:
-    "Copy `model` deeply, but detach parts of a graph, and leave out what hooks have stored"
+    "Copy `model` deeply, but detach tensors from their graph, and leave out what hooks have stored"
     memo = {}
     for m in model.modules():
         memo.update((id(t), t.detach().clone()) for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf)
@@ -141,24 +141,24 @@ def _is_trained(m:_BatchNorm) -> bool:
     return bool(m.running_mean.any() or (m.running_var != 1).any())
 
 def _check_bns(bns:list[_BatchNorm]):
-    "Raise `ValueError` if layers cannot be converted yet"
+    "Raise `ValueError` if a layer cannot be converted yet"
     if any(isinstance(m, _LazyNormBase) for m in bns):
         raise ValueError("BatchNorm layers must know their channels, got lazy ones. Run a batch through them first")
     if any(map(is_parametrized, bns)):
-        raise ValueError("BatchNorm layers must have plain parameters, got a parametrization. Remove that first")
+        raise ValueError("BatchNorm layers must have plain parameters, got a parametrization. Remove it first")
 
 # %% ../nbs/40_groupnorm.ipynb #163f54d3
 def bn_to_gn(
-    model:nn.Module,   # Any PyTorch model; a BatchNorm alone, too
-    num_groups:int=32, # Groups per layer, at most: the largest divisor of its channels that leaves two in a group. >= 1
-    channels_per_group:int|None=None, # Instead of `num_groups`: channels in a group, at least. 1 or more
+    model:nn.Module,   # Any PyTorch model, or a single BatchNorm
+    num_groups:int=32, # Most groups of a layer, >= 1. It gets the most that divide its channels and leave two in each
+    channels_per_group:int|None=None, # Instead of `num_groups`: fewest channels in a group, >= 1
     inplace:bool=False, # Change `model` itself? Otherwise a copy
-) -> nn.Module: # The model with GroupNorm in place of every BatchNorm (1d: of one group)
+) -> nn.Module: # The model with GroupNorm in place of every BatchNorm (1d: one group)
     """Convert BatchNorm to GroupNorm (Wu and He, arXiv 1803.08494), and keep gamma, beta and `eps`.
 
     Warns if `model` was trained (it needs fine-tuning), if it has no BatchNorm, a BatchNorm1d of one or two features,
-    or one with a forward of its own (of which only the normalisation is left).
-    Raises `ValueError` for numbers below 1, lazy layers that have not seen a batch yet, and parametrized ones."""
+    or a BatchNorm with its own forward (GroupNorm keeps only the normalisation).
+    Raises `ValueError` if a number is below 1, if a lazy layer has not seen a batch, or if one is parametrized."""
     check_groups(num_groups, channels_per_group)
     _check_bns([m for m in model.modules() if isinstance(m, _BatchNorm)])
     if not inplace: model = _copied(model)
@@ -173,7 +173,7 @@ def bn_to_gn(
 
 # %% ../nbs/40_groupnorm.ipynb #1518a926
 def _standardized(w:Tensor, eps:float=1e-6) -> Tensor:
-    "Give `w` [O, ...] mean 0 and variance 1 in each output channel, by a native kernel: it is LayerNorm of each filter"
+    "Give `w` [O, ...] mean 0 and variance 1 in each output channel, by the kernel of LayerNorm on each filter"
     return F.layer_norm(w.flatten(1), (w[0].numel(),), eps=eps).view(w.shape)
 
 class _Standardized:
@@ -188,7 +188,7 @@ _WS = {nn.Conv1d:_WSConv1d, nn.Conv2d:_WSConv2d, nn.Conv3d:_WSConv3d}
 
 # %% ../nbs/40_groupnorm.ipynb #ae2f8bf0
 def _is_conv(m:nn.Module) -> bool:
-    "Tell whether `m` is a convolution with weights of its own, standardised or not"
+    "Tell whether `m` is a convolution with its own weights, standardised or not"
     return (type(m) in _WS or isinstance(m, _Standardized)) and isinstance(m._parameters.get('weight'), nn.Parameter)
 
 def _before_gn(model:nn.Module) -> list[nn.Module]:
@@ -202,11 +202,11 @@ def weight_standardize(
 ) -> nn.Module: # The model, whose convolutions before a GroupNorm use standardised weights
     """Standardise the weights of convolutions that a GroupNorm follows (Qiao et al., arXiv 1903.10520).
 
-    Warns if there is no such convolution: call it after `bn_to_gn`, not before."""
+    Warns if there is no such convolution. Call it after `bn_to_gn`, not before."""
     if not inplace: model = _copied(model)
     convs = _before_gn(model)
-    if not convs: warnings.warn("weight_standardize found no convolution with a GroupNorm behind it")
+    if not convs: warnings.warn("weight_standardize found no convolution that a GroupNorm follows")
     for m in convs:
-        # as `bn_to_gn` does: the same parameters
+        # like `bn_to_gn`, keep the same parameters
         if type(m) in _WS and m.weight[0].numel() > 1: m.__class__ = _WS[type(m)]
     return model

@@ -10,9 +10,9 @@ path/train.csv                              Id,Target      Target: the label num
 path/train/{Id}_{red,green,blue,yellow}.png one image per channel
 ```
 
-JPEG is read where there is no PNG, gray or in the channel's colour, as in the public atlas' older release.
+If there is no PNG, the module reads JPEG, gray or in the channel's colour, as in the public atlas' older release.
 
-Red shows the microtubules, green the protein that is to be located, blue the nucleus, yellow the endoplasmic reticulum.
+Red shows the microtubules, green the protein to locate, blue the nucleus, yellow the endoplasmic reticulum.
 
 Docs: the notebook nbs/50_hpa.ipynb"""
 
@@ -47,9 +47,9 @@ HPA_LABELS = (
 
 # %% ../nbs/50_hpa.ipynb #6167674d
 def read_table(path:Path) -> tuple[list[str],list[list[str]]]:
-    """Read `path/train.csv` and check it as a whole. Return the Ids, and the label names of each.
+    """Read `path/train.csv` and check the whole table. Return the Ids, and the label names of each.
 
-    Raises `FileNotFoundError` if there is no such file, `ValueError` if it is no table of Ids and labels."""
+    Raises `FileNotFoundError` if there is no such file, `ValueError` if it is not a table of Ids and labels."""
     f = path/'train.csv'
     if not f.is_file():
         raise FileNotFoundError(f"{f} is missing. An HPA folder has train.csv (Id,Target) and train/{{Id}}_red.png")
@@ -61,10 +61,11 @@ def read_table(path:Path) -> tuple[list[str],list[list[str]]]:
     res = {}
     for row in filter(None, rows):
         if len(row) != len(head): raise ValueError(
-            f"{f}: row {','.join(row[:9])[:99]!r} must have {len(head)} fields, got {len(row)}. Part labels by blanks")
+            f"{f}: row {','.join(row[:9])[:99]!r} must have {len(head)} fields, got {len(row)}. "
+            "Separate labels by blanks")
         i = row[at_id]
         check_id(i)
-        if i in res: raise ValueError(f"{f}: each Id must stand there once, got {i[:99]!r} again. Remove a row")
+        if i in res: raise ValueError(f"{f}: each Id must occur once, got {i[:99]!r} again. Remove a row")
         res[i] = _labels(i, row[at_target])
     if not res: raise ValueError(f"{f} must have a row below its header, got none")
     return list(res),list(res.values())
@@ -79,7 +80,7 @@ def _rows(f:Path):
             yield line
     try:
         with f.open(newline='', encoding='utf-8-sig') as o: yield from csv.reader(lines(o), strict=True)
-    except (csv.Error, ValueError) as e: raise ValueError(f"{f} is no csv table with the columns Id,Target: {e}") from e
+    except (csv.Error, ValueError) as e: raise ValueError(f"{f} must be a csv table of Id and Target: {e}") from e
 
 def _labels(i:str, target:str) -> list[str]:
     "Return the label names of image `i`, whose Target is, for instance, '25 0'"
@@ -91,13 +92,13 @@ def _labels(i:str, target:str) -> list[str]:
 
 # %% ../nbs/50_hpa.ipynb #0e7ae67d
 class TensorHPA(TensorImage):
-    "Hold the channels of an image, float [C, H, W] from 0 to 1. `TensorHPA(x)` takes them for the first of 'rgby'"
+    "Hold the channels of an image, float [C, H, W] from 0 to 1. `TensorHPA(x)` has the first channels of 'rgby'"
     def composite(self,
-        channels:str|None=None, # A letter of 'rgby' for each channel; None: those that the image knows, or the first
+        channels:str|None=None, # A letter of 'rgby' for each channel; None: those of the image, or the first of 'rgby'
     ) -> np.ndarray: # Shape [H, W, 3], 0 to 1
-        """Mix the channels, each stretched to its 99.8th percentile, to colours. Yellow goes half into red and green.
+        """Stretch each channel to its 99.8th percentile, and mix colours. Yellow goes half into red, half into green.
 
-        Raises `ValueError` if it is no image [C, H, W], or if `channels` has not a letter for each channel."""
+        Raises `ValueError` unless it is an image [C, H, W] and `channels` has a letter for each channel."""
         if channels is None: channels = getattr(self, 'channels', 'rgby'[:len(self)])
         if self.dim() != 3 or len(channels) != len(self) or set(channels)-set(COLOURS):
             raise ValueError("`channels` must have a letter of 'rgby' for each channel of an image [C, H, W], "
@@ -111,9 +112,9 @@ class TensorHPA(TensorImage):
 
     def show(self,
         ctx=None, # Axes to draw on; None: new ones
-        **kwargs, # As for `show_image`
+        **kwargs, # For `show_image`
     ): # The axes
-        "Show the `composite`, with `title`, `figsize` and so on as for `show_image`. Raises `ValueError` as that does"
+        "Show the `composite`, with `title`, `figsize` and so on of `show_image`. Raises `ValueError` like `composite`"
         return show_image(self.composite(), ctx=ctx, **kwargs)
 
 # %% ../nbs/50_hpa.ipynb #1d497fa3
@@ -125,13 +126,13 @@ def show_batch(x:TensorHPA, y:TensorMultiCategory, samples, ctxs=None, max_n=9, 
     return get_show_batch_func(object)(x, y, one_a_line, ctxs=ctxs, max_n=max_n, **kwargs)
 
 # %% ../nbs/50_hpa.ipynb #8434e41b
-_PIXELS = 2**26 # of an image, at most: those of the atlas have up to 3072 x 3072
-_ELSEWHERE = ("An image of another folder, such as the competition's test/, is named by a Path without colour and "
-              "extension: dls.test_dl([path/'test'/Id]); all of them by dls.test_dl(path/'test'). Or load it by "
-              "LoadHPA(path/'test')")
+_PIXELS = 2**26 # most pixels of an image: the atlas has up to 3072 x 3072
+_ELSEWHERE = ("Name an image of another folder, such as the competition's test/, by a Path without colour and "
+              "extension: dls.test_dl([path/'test'/Id]). dls.test_dl(path/'test') takes all of its images. Or load one "
+              "by LoadHPA(path/'test')")
 
 def _read_channel(f:Path) -> np.ndarray:
-    "Read one channel, float32 from 0 to 1 (PIL may give 16 bits as 32); of colours the brightest"
+    "Read one channel as float32 from 0 to 1, the brightest colour of each pixel (PIL may give 16 bits as 32)"
     try:
         with Image.open(f, formats=['PNG','JPEG']) as im:
             if im.width*im.height > _PIXELS:
@@ -148,11 +149,11 @@ def _read_channel(f:Path) -> np.ndarray:
 class LoadHPA(DisplayedTransform):
     """Load the channels of image `Id` from `folder` as a `TensorHPA` [C, size, size], float32 from 0 to 1.
 
-    Reads PNG of 1, 8 or 16 bits, and JPEG where there is no PNG. In colour images, as in the atlas' own releases, the
-    brightest of red, green and blue counts.
+    Reads PNG of 1, 8 or 16 bits, and JPEG if there is no PNG. In colour images, as in the atlas' own releases, takes
+    the brightest of red, green and blue.
     Raises `ValueError` if `size` is below 1, or if `channels` are unknown or repeated.
-    When it loads, raises `ValueError` if an `Id` is no plain file name, if a file is missing, is no image or has more
-    than 2**26 pixels (8192 x 8192), or if the channels differ in size."""
+    On loading, raises `ValueError` if an `Id` is not a plain file name, if a file is missing, is not an image or has
+    more than 2**26 pixels (8192 x 8192), or if the channels differ in size."""
     def __init__(self,
         folder:Path,          # Holds {Id}_red.png and so on
         size:int=256,         # Images are resized to this height and width in pixels, at least 1
@@ -163,13 +164,13 @@ class LoadHPA(DisplayedTransform):
         self.folder,self.size,self.channels = Path(folder),size,channels
 
     def encodes(self, i:str|Path) -> TensorHPA:
-        "Load image `i`: an Id in `folder`; or a path, `folder2/Id` without colour and extension, of one anywhere"
+        "Load image `i`: an Id in `folder`; or a path to any folder, `folder2/Id`, without colour and extension"
         folder,i = (i.parent,i.name) if isinstance(i, Path) else (self.folder,i)
         check_id(i, f'. {_ELSEWHERE}' if '/' in i else '')
         ims = [_read_channel(channel_file(folder, i, c)) for c in self.channels]
         if len({o.shape for o in ims}) > 1:
             sizes = ', '.join(f'{COLOURS[c]} {o.shape[1]}x{o.shape[0]}' for c,o in zip(self.channels, ims))
-            raise ValueError(f"Id {i!r}: its channels must have one size, got {sizes}")
+            raise ValueError(f"Id {i!r}: its channels must have the same size, got {sizes}")
         x,size = torch.from_numpy(np.stack(ims)),(self.size,self.size)
         if x.shape[1:] != size:
             x = F.interpolate(x[None], size, mode='bilinear', antialias=True, align_corners=False)[0].clamp(0, 1)
@@ -180,8 +181,8 @@ def _validation(targets:list[list[str]], valid_pct:float, seed:int) -> list[int]
     "Choose the indices of the validation set, nearly stratified by the rarest label of each image"
     n = len(targets)
     if not 0 < valid_pct < 1:
-        raise ValueError(f"`valid_pct` must be above 0 and below 1, got {valid_pct}. Give the share that validates")
-    if n < 2: raise ValueError(f"A folder must have at least 2 images, got {n}. One trains, one validates")
+        raise ValueError(f"`valid_pct` must be above 0 and below 1, got {valid_pct}. It is the validation set's share")
+    if n < 2: raise ValueError(f"A folder must have at least 2 images, got {n}. One is to train, one to validate")
     freq = Counter(o for t in targets for o in t)
     rarest = [min(((freq[o],o) for o in t), default=(0,'')) for t in targets]
     order = sorted(np.random.default_rng(seed).permutation(n).tolist(), key=lambda i: rarest[i])
@@ -197,26 +198,26 @@ def _check_tfms(**tfms):
             if isinstance(f, Transform) and hasattr(f, 'encodes') and not any(_knows(f, o) for o in (x, y, [x,y])):
                 name = getattr(f, '_name', type(f).__name__)
                 raise ValueError(
-                    f"`{k}` must know tensors (TensorHPA), got {name}, which would do nothing. `size` resizes images "
+                    f"`{k}` must handle tensors (TensorHPA), got {name}, which would do nothing. `size` resizes images "
                     "when they are loaded; in batch_tfms aug_transforms and RandomResizedCropGPU crop and zoom")
 
 def _check_names(kwargs:dict):
-    "Raise `TypeError` for a keyword that fastai would take and never look at"
+    "Raise `TypeError` for a keyword that fastai would accept and ignore"
     dl_type = kwargs.get('dl_type') or TfmdDL
     known = {*signature(FilteredBase.dataloaders).parameters, *signature(dl_type).parameters}
     bad = [k for k in kwargs if k.removeprefix('val_') not in known]
-    if bad: raise TypeError(f"from_folder() got an unexpected keyword argument {bad[0]!r}, which no DataLoader knows")
+    if bad: raise TypeError(f"from_folder() got an unexpected keyword argument {bad[0]!r}, which no DataLoader takes")
 
 def _knows(f:Transform, o) -> bool:
     "Tell whether transform `f` has a method for `o`"
-    own = hasattr(f.encodes, 'resolve_method')  # else it is the class's
+    own = hasattr(f.encodes, 'resolve_method')  # else the class has it
     try: f.encodes.resolve_method((o,)) if own else f.encodes._f.resolve_method((f,o))
     except LookupError: return False
     return True
 
 # %% ../nbs/50_hpa.ipynb #57df1daa
 class HPADataLoaders(DataLoaders):
-    "`DataLoaders` of Human Protein Atlas images: made by `HPADataLoaders.from_folder`"
+    "Hold `DataLoaders` of Human Protein Atlas images. `HPADataLoaders.from_folder` makes them"
     @classmethod
     @delegates(DataLoaders.from_dblock)
     def from_folder(cls,
@@ -224,19 +225,20 @@ class HPADataLoaders(DataLoaders):
         size:int=256,         # Images are resized to this height and width in pixels, at least 1
         bs:int=16,            # Batch size, at least 1
         channels:str='rgby',  # Which channels, in which order: some of red, green, blue, yellow
-        valid_pct:float=.2,   # Share of the images that validate, between 0 and 1
-        seed:int=42,          # Of the split, at least 0
-        item_tfms=None,       # Transforms of single images, after loading: of tensors [C, H, W], unlike fastai's crops
+        valid_pct:float=.2,   # Share of the images in the validation set, between 0 and 1
+        seed:int=42,          # Seed of the split, at least 0
+        item_tfms=None,       # Transforms of loaded images, which must handle tensors [C, H, W]: fastai's crops do not
         batch_tfms=None,      # Transforms of batches, for instance `aug_transforms`
-        **kwargs,             # As for `DataLoaders.from_dblock`
+        **kwargs,             # For `DataLoaders.from_dblock`
     ) -> HPADataLoaders: # Batches `xb`, float [bs, C, size, size] from 0 to 1, and `yb`, [bs, 28] of 0. and 1.
-        """Read the Kaggle layout: table and file names at once, each image when it is needed (by `LoadHPA`).
+        """Read the Kaggle layout: table and file names at once, each image (by `LoadHPA`) when it is needed.
 
         Raises `FileNotFoundError` if train.csv or the file of a channel is missing.
         Raises `ValueError` if train.csv lacks a column or rows, or has a row of another length, an Id twice, an Id that
-        is no plain file name, or a label that is not 0 to 27.
-        Raises `ValueError` for fewer than 2 images, a transform that would do nothing, and an argument out of range.
-        Raises `TypeError` for an argument that no DataLoader knows."""
+        is not a plain file name, or a label that is not 0 to 27.
+        Raises `ValueError` if there are fewer than 2 images, if a transform would do nothing, or if an argument is out
+        of range.
+        Raises `TypeError` if there is an argument that no DataLoader takes."""
         path = Path(path)
         check_at_least(1, 'bs', bs, "Give a number of images")
         load = LoadHPA(path/'train', size, channels)
@@ -253,13 +255,13 @@ class HPADataLoaders(DataLoaders):
 
     def test_dl(self,
         test_items,       # A folder; Ids, or a table with a column Id; paths `folder/Id`; loaded images
-        folder:Path=None, # Where the Ids are. None: train/
-        **kwargs,         # As for fastai's `DataLoaders.test_dl`
-    ) -> TfmdDL: # Batches of images, which are loaded when they are needed
-        """Make a DataLoader to predict on, as with `learn.get_preds(dl=...)`. Paths have no colour and no extension.
+        folder:Path=None, # Folder of the Ids. None: train/
+        **kwargs,         # For fastai's `DataLoaders.test_dl`
+    ) -> TfmdDL: # Batches of images, each image loaded when it is needed
+        """Make a DataLoader for predictions, as by `learn.get_preds(dl=...)`. Paths have no colour and no extension.
 
-        A folder gives all of its images, sorted by Id. Raises `FileNotFoundError` if it has none, or if a channel of an
-        image in a folder is missing."""
+        A folder gives all of its images, sorted by Id. Raises `FileNotFoundError` if it has no image, or if an image
+        in a folder lacks a channel."""
         channels = next(o.channels for o in self.valid_ds.tls[0].tfms.fs if isinstance(o, LoadHPA))
         items = _listed(test_items, channels)
         if folder is not None: items = images_of(Path(folder), items, channels)
@@ -267,7 +269,7 @@ class HPADataLoaders(DataLoaders):
         return super().test_dl([(o,) if isinstance(o, (str,Path)) else o for o in items], **kwargs)
 
 def _listed(items, channels:str) -> list:
-    "List what there is to predict on"
+    "List the Ids, paths or images to predict on"
     if isinstance(items, pd.DataFrame): return items['Id'].tolist()
     if isinstance(items, (str,Path)) and Path(items).is_dir(): return images_in(Path(items), channels)
     return [items] if isinstance(items, (str,Path,Tensor)) else list(items)
@@ -276,7 +278,7 @@ def _listed(items, channels:str) -> list:
 _all_ = ['make_hpa']
 
 def __getattr__(name:str):
-    "Find what has moved to `fastai_bn.draw`"
+    "Find the names that moved to `fastai_bn.draw`"
     if name not in _all_: raise AttributeError(f"module 'fastai_bn.hpa' has no attribute '{name}'")
     from fastai_bn import draw
     return getattr(draw, name)

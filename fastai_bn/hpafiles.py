@@ -1,10 +1,10 @@
-"""Which file holds which channel of which image
+"""Find the file of each channel of each image
 
-In the Kaggle layout an image is a file per channel, `{Id}_red.png` and so on. The public atlas' older release (v18)
-names its images as `10580_1610_C1_1` and has JPEG in the channels' colours: `10580_1610_C1_1_red.jpg`. Both are found
-here, and a file that is missing is named before training or prediction begins.
+In the Kaggle layout an image has a file per channel, `{Id}_red.png` and so on. The public atlas' older release (v18)
+has Ids such as `10580_1610_C1_1`, and JPEG in the channels' colours: `10580_1610_C1_1_red.jpg`. This module finds both,
+and names a missing file before training or prediction begins.
 
-You rarely need it directly: `HPADataLoaders` (`fastai_bn.hpa`) is made of it.
+You rarely need it directly: `HPADataLoaders` (`fastai_bn.hpa`) uses it.
 
 Docs: the notebook nbs/50a_hpafiles.ipynb"""
 
@@ -25,27 +25,27 @@ __all__ = []
 COLOURS = dict(r='red', g='green', b='blue', y='yellow')
 
 def check_at_least(least:int, name:str, value, remedy:str):
-    "Raise `ValueError` if `value`, of the argument `name`, is no integer of at least `least`; say the `remedy`"
+    "Raise `ValueError`, with the `remedy`, unless `value` of the argument `name` is an integer >= `least`"
     if not isinstance(value, Integral) or value < least:
         raise ValueError(f"`{name}` must be an integer >= {least}, got {value!r}. {remedy}")
 
 def check_channels(channels:str):
-    "Raise `ValueError` if `channels` are unknown, repeated or none"
+    "Raise `ValueError` if `channels` are unknown, repeated or empty"
     if not channels or set(channels)-set(COLOURS) or len(set(channels)) < len(channels):
         raise ValueError(f"`channels` must be some of the letters 'rgby', each at most once, got {channels!r}")
 
 def check_id(i:str, remedy:str=''):
-    "Raise `ValueError` if `i` is no plain file name"
+    "Raise `ValueError` unless `i` is a plain file name"
     if not isinstance(i, str): raise ValueError(f"`Id` must be a string, got {i!r}. Read tables with dtype=str")
     if not re.fullmatch(r'[\w.-]+', i) or i.startswith('.'):
         raise ValueError(f"`Id` must be a plain file name (letters, digits, '_', '-', '.'), got {i[:99]!r}{remedy}")
 
 # %% ../nbs/50a_hpafiles.ipynb #551ff483
-_ENDINGS = '.png','.jpg'  # the first one that is there is read
+_ENDINGS = '.png','.jpg'  # read the first that exists
 
 def channel_file(
-    folder:Path, # Of an image
-    i:str,       # Its Id
+    folder:Path, # Folder of the image
+    i:str,       # Id of the image
     c:str,       # A letter of 'rgby'
 ) -> Path:
     "Find the file of a channel. If there is none, return the name that it should have"
@@ -53,20 +53,20 @@ def channel_file(
     return next((f for f in files if f.is_file()), files[0])
 
 def instead(
-    f:Path, # A file that is missing
+    f:Path, # The missing file
 ) -> str:
-    "Say what there is in place of file `f`, and what to do about it; '' if there is nothing"
+    "Name what exists in place of file `f`, and say what to do about it; return '' if nothing does"
     if not f.parent.is_dir(): return f"There is no folder {f.parent}"
     same = sorted(o.name for o in f.parent.iterdir() if o.stem.lower() == f.stem.lower())
     return f"There is {same[0]}, but only {f.name} (or .jpg) is read: convert or rename it" if same else ''
 
 # %% ../nbs/50a_hpafiles.ipynb #4f63d053
 def images_of(
-    folder:Path,   # Of images
-    ids:list[str], # Their Ids
+    folder:Path,   # Folder of the images
+    ids:list[str], # Ids of the images
     channels:str,  # Letters of 'rgby', which every image must have
 ) -> list[Path]: # `folder/Id`, in the order of the Ids
-    "Name images. Raises `FileNotFoundError` if a channel has no file, `ValueError` for an Id that leads elsewhere"
+    "Return the images' paths. Raises `FileNotFoundError` if a channel has no file, `ValueError` for a bad Id"
     for i in ids: check_id(i)
     names = [f'{i}_{COLOURS[c]}' for i in ids for c in channels]
     have = {f.stem for f in _files(folder) if f.suffix in _ENDINGS}
@@ -74,7 +74,7 @@ def images_of(
     return [folder/i for i in ids]
 
 def _refuse_missing(folder:Path, missing:list[str], n:int):
-    "Raise `FileNotFoundError` for `missing` channels, of `n`"
+    "Raise `FileNotFoundError` for `missing` files out of `n`"
     f = folder/f'{missing[0]}{_ENDINGS[0]}'
     remedy = instead(f) or "Copy it there, or leave that image out"
     raise FileNotFoundError(f"{f} is missing ({len(missing)} of {n} files are). {remedy}")
@@ -86,16 +86,16 @@ def _files(folder:Path) -> list[Path]:
 
 # %% ../nbs/50a_hpafiles.ipynb #8d494691
 _COLOUR = '_(?:red|green|blue|yellow)'
-# Of any ending, and in capitals, too: an image whose files are not read is an error, not one image less
+# Match any ending, and capitals, too: an image whose files cannot be read is an error, not silently left out
 _CHANNEL = re.compile(rf'(.+){_COLOUR}\.\w+', re.I)
-_COMPOSITE = re.compile(f'{_COLOUR}{_COLOUR}$', re.I)  # the atlas has pictures of three channels beside them
+_COMPOSITE = re.compile(f'{_COLOUR}{_COLOUR}$', re.I)  # the atlas also has pictures of three channels
 
 def images_in(
     folder:Path,  # Holds {Id}_red.png and so on
     channels:str, # Letters of 'rgby', which every image must have
 ) -> list[Path]: # `folder/Id`, sorted
-    "List the images of a folder. Raises `FileNotFoundError` if it has none, or a channel of one is missing"
+    "List the images of a folder. Raises `FileNotFoundError` if it has no image, or if an image lacks a channel"
     found = [_CHANNEL.fullmatch(f.name) for f in _files(folder)]
     ids = {m[1] for m in found if m and not _COMPOSITE.search(m[1])}
-    if not ids: raise FileNotFoundError(f"{folder} has no image. Their files are named Id_red.png and so on")
+    if not ids: raise FileNotFoundError(f"{folder} has no images. Name their files Id_red.png and so on")
     return images_of(folder, sorted(ids), channels)

@@ -1,13 +1,13 @@
-"""`image_normalize`: every image by its own statistics; `ImageNormalize`: the same in batches
+"""`image_normalize`: normalise each image by its own statistics; `ImageNormalize`: in batches
 
-A net that was trained at one exposure fails at another. The third place of the Human Protein Atlas competition
-normalised every image by itself, and the forum feared for the colours. Both had a point: it takes out an exposure that
-differs from image to image, and with it whatever the exposure could have told. Channel by channel, it also takes out
-what one channel had over another.
+A net that was trained at one exposure fails at another. The team in third place of the Human Protein Atlas competition
+normalised every image by itself, and the forum feared for the colours. Both had a point. Normalising each image removes
+an exposure that differs from image to image, and all information in that exposure. Normalising each channel also
+removes the ratio between channels.
 
-**Use it** where brightness and contrast come from the microscope: exposure, laser, staining, another laboratory. **Do
-not use it** where they are the answer: expression levels, concentrations, counts. `per='image'` is in between: the
-exposure goes, the colours stay.
+**Use it** if brightness and contrast come from the microscope: exposure, laser, staining, another laboratory. **Do not
+use it** if they are the answer: expression levels, concentrations, counts. `per='image'` is in between: it removes the
+exposure and keeps the colours.
 
 Docs: the notebook nbs/42_normalize.ipynb"""
 
@@ -38,7 +38,7 @@ def _is_pair(o) -> bool:
     return isinstance(o, (tuple,list)) and len(o) == 2 and all(isinstance(a, Real) for a in o) and o[0] < o[1]
 
 def _check_q(q, stat:str):
-    "Raise `ValueError` if `q` are no percentiles, or not used"
+    "Raise `ValueError` if `q` are not percentiles, or if `stat` does not use them"
     if not _is_pair(q) or not 0 <= q[0] < q[1] <= 100:
         raise ValueError(f"`q` must be a pair of percentiles from 0 to 100, the lower one first, got {q!r}")
     if stat != 'percentile' and tuple(q) != (1,99.8):
@@ -59,31 +59,32 @@ def _check_options(per:str, stat:str, q, mask, clip, eps):
 
 # %% ../nbs/42_normalize.ipynb #29bd760a
 def _n_space(x:Tensor, ndim:int|None) -> int:
-    "Count the dimensions of `x` in space. Raise `ValueError` if it is no image, or no batch of images"
+    "Count the spatial dimensions of `x`. Raise `ValueError` unless it is an image or a batch of images"
     if not isinstance(x, Tensor) or x.is_complex():
         raise ValueError(f"`x` must be a tensor of real numbers, got {x.dtype if isinstance(x, Tensor) else type(x)}")
-    if ndim not in (None,1,2,3): raise ValueError(f"`ndim` must be 1, 2, 3 or None, got {ndim!r}. It counts space")
+    if ndim not in (None,1,2,3):
+        raise ValueError(f"`ndim` must be 1, 2, 3 or None, got {ndim!r}. It is the number of spatial dimensions")
     n = ndim or {2:1, 5:3}.get(x.dim(), 2)
     if x.dim()-n not in (1,2) or 0 in x.shape[-n-1:]: raise ValueError(
-        f"`x` must be [B, C, *] or [C, *] with {n} dimension(s) in space, none of them empty, got {list(x.shape)}")
+        f"`x` must be [B, C, *] or [C, *] with {n} spatial dimension(s), none of them empty, got {list(x.shape)}")
     return n
 
 def _plain(x:Tensor) -> tuple[Tensor,torch.dtype]:
-    "Give `x` a floating type that holds its values, without fastai's types. Return the type of the result, too"
+    "Convert `x` to a plain tensor of floats that hold its values. Return also the dtype of the result"
     x = x.as_subclass(Tensor)
     small = x.dtype.itemsize < 4
     if x.is_floating_point(): return (x.float() if small else x),x.dtype
     return (x.float() if small else x.double()),torch.float32
 
 def _retype(out:Tensor, x:Tensor) -> Tensor:
-    "Give `out` fastai's type of `x`, and its attributes but for what an earlier normalization left there"
+    "Give `out` fastai's type of `x`, and its attributes except the `norm_stats` of an earlier normalization"
     out = out.as_subclass(getattr(type(x), 'plain', type(x)))
     out.__dict__ = {k:v for k,v in x.__dict__.items() if k != 'norm_stats'}
     return out
 
 # %% ../nbs/42_normalize.ipynb #9058d0be
 def _counting(x:Tensor, mask, ndim:int) -> Tensor:
-    "Tell which pixels of `x`, floats with `ndim` dimensions in space, count by `mask`"
+    "Tell which pixels `mask` counts of `x`, floats with `ndim` spatial dimensions"
     if mask is None: return x == x
     if isinstance(mask, str): return x != 0
     ok = mask if isinstance(mask, Tensor) else mask(x)
@@ -97,7 +98,7 @@ def _counting(x:Tensor, mask, ndim:int) -> Tensor:
 
 # %% ../nbs/42_normalize.ipynb #77ef6894
 def _measured(x:Tensor, xp:Tensor, n:int, per:str, stat:str, q, mask, eps) -> tuple[Tensor,Tensor]:
-    "Measure centre and scale of `x`, which is `xp` as floats, with `n` dimensions in space"
+    "Measure centre and scale of `x`, which is `xp` as floats, with `n` spatial dimensions"
     groups = x.shape[:-n] if per == 'channel' else x.shape[:-n-1]
     v = xp.reshape(math.prod(groups), math.prod(x.shape[len(groups):]))
     u = x.as_subclass(Tensor) if x.dtype == torch.uint8 and len(v) else None
@@ -106,7 +107,7 @@ def _measured(x:Tensor, xp:Tensor, n:int, per:str, stat:str, q, mask, eps) -> tu
     return tuple(o.view(*groups, *[1]*(x.dim()-len(groups))) for o in stats)
 
 def _given(stats, x:Tensor, n:int) -> tuple[Tensor,Tensor]:
-    "Take centre and scale for `x` with `n` dimensions in space"
+    "Check the given centre and scale for `x` with `n` spatial dimensions"
     pair = check_stats(stats)
     for o in pair:
         fits = all(a in (1, b) for a,b in zip(reversed(o.shape), [*[1]*n, *reversed(x.shape[:-n])]))
@@ -118,7 +119,7 @@ def _given(stats, x:Tensor, n:int) -> tuple[Tensor,Tensor]:
 # %% ../nbs/42_normalize.ipynb #ade92880
 def _normalize(x:Tensor, per='channel', stat='std', q=(1,99.8), mask=None, clip=None, eps=1e-3, stats=None, ndim=None,
                rounded=False) -> tuple[Tensor,Tensor,Tensor]:
-    "Do as `image_normalize`, and return centre and scale. Compute the output from these as they are `rounded`?"
+    "Normalise as `image_normalize`, and return centre and scale, too. If `rounded`, apply them as returned"
     _check_options(per, stat, q, mask, clip, eps)
     n = _n_space(x, ndim)
     xp,dtype = _plain(x)
@@ -134,27 +135,27 @@ def image_normalize(
     per:str='channel',  # Statistics of each 'channel' of an image, or of an 'image', whose colours stay
     stat:str='std',     # 'std': mean 0, deviation 1; 'minmax': 0 to 1; 'percentile': those of `q` become 0 and 1
     q:tuple=(1,99.8),   # Percentiles, from 0 to 100
-    mask=None,          # Pixels that count: 'nonzero', a tensor that broadcasts to `x`, a callable that makes one of it
-    clip:tuple|None=None, # Lowest and highest value of the output; None: none
+    mask=None,          # Pixels that count: 'nonzero', a tensor that broadcasts to `x`, a callable that gets `x`
+    clip:tuple|None=None, # Lowest and highest value of the output; None: no limits
     eps:float=1e-3,     # The scale is at least this share of maximum - minimum; above 0
-    stats:tuple|None=None, # Centre and scale of the whole that `x` is a tile of, in the units of `x`. None: measured
+    stats:tuple|None=None, # Centre and scale of the image that `x` is a tile of, in the units of `x`. None: measured
     return_stats:bool=False, # Return centre and scale, too?
-    ndim:int|None=None, # Dimensions in space: 1 for [B, C, L], 3 for [C, D, H, W]. None: as above
-) -> Tensor: # As `x`; float32, or the floating type of `x`. With `return_stats` (output, centre, scale)
+    ndim:int|None=None, # Spatial dimensions: 1 for [B, C, L], 3 for [C, D, H, W]. None: as the shapes above
+) -> Tensor: # Shape of `x`; float32, or the floating type of `x`. With `return_stats` (output, centre, scale)
     """Normalise each image by its own statistics: (x - centre)/max(scale, eps*(max - min)), and 0 where max equals min.
 
     So x = output*scale + centre. Pixels that are NaN or infinite are left out of the statistics and 0 in the output,
-    with one warning. All pixels count where a mask selects none; a callable mask gets `x` in a floating type.
-    With the `stats` that a whole image has returned, a tile is the crop of that output, to the last bit. Then nothing
-    is measured: `per`, `stat`, `q`, `mask` and `eps` do nothing.
-    Raises `ValueError` if `x` is no tensor of real numbers in one of these shapes, or if an option, or what a mask
-    gives, is none of what is listed here."""
+    with one warning. If a mask selects no pixel, all pixels count. A callable mask gets `x` in a floating type.
+    With the `stats` of a whole image, the output for a tile is the crop of the image's output, to the last bit. Then
+    nothing is measured, and `per`, `stat`, `q`, `mask` and `eps` have no effect.
+    Raises `ValueError` if `x` is not a tensor of real numbers in one of these shapes.
+    Raises `ValueError` if an option, or the result of a mask, is not one of those listed here."""
     res = _normalize(x, per, stat, q, mask, clip, eps, stats, ndim, rounded=return_stats)
     return res if return_stats else res[0]
 
 # %% ../nbs/42_normalize.ipynb #298280a0
 class _Normalized:
-    "Be a batch of images that knows what its samples were normalised by: `norm_stats`, centre and scale [B, ...]"
+    "Remember the statistics that normalised each image of a batch: `norm_stats`, centre and scale [B, ...]"
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         res = super().__torch_function__(func, types, args, kwargs or {})
@@ -164,17 +165,17 @@ class _Normalized:
     def __reduce_ex__(self, proto): return _remember,(_remember(self, None), _stats(self))
     def clone(self, *args, **kwargs): return _remember(_retype(self, self).clone(*args, **kwargs), _stats(self))
 
-class _Kind(type(Tensor)): "The class of classes below, which are pickled by what they are made of"
+class _Kind(type(Tensor)): "Be the metaclass of the classes below: pickle stores the class that each is made from"
 
 @cache
 def _normalized(cls:type) -> type:
-    "Make the kind of `cls` that remembers"
+    "Make the subclass of `cls` that remembers statistics"
     return _Kind(cls.__name__, (_Normalized,cls), {'plain':cls})
 
 copyreg.pickle(_Kind, lambda cls: (_normalized, (cls.plain,)))
 
 def _remember(x, stats:tuple|None):
-    "Return `x` in its class with `stats`, or in its plain class for None"
+    "Return `x` in the class that remembers `stats`, or in its plain class if `stats` is None"
     if not isinstance(x, _Normalized) and stats is None: return x
     plain = _retype(x.as_subclass(Tensor), x)
     if stats is None: return plain
@@ -189,7 +190,7 @@ _SAME = {'to','clone','cpu','cuda','detach','contiguous','float','double','half'
 def _stats(x) -> tuple|None: return getattr(x, 'norm_stats', None)
 
 def _stats_of(func, args:tuple, kwargs:dict) -> tuple|None:
-    "Return the statistics of the samples in the result of `func`; None if they are no longer those images"
+    "Return the statistics of the samples in the result of `func`; None if the result is no longer these images"
     name = getattr(func, '__name__', '')
     x = args[0] if args else kwargs.get('tensors')
     if name in _SAME: return _stats(x)
@@ -197,12 +198,12 @@ def _stats_of(func, args:tuple, kwargs:dict) -> tuple|None:
     return _taken(x, args[1]) if name == '__getitem__' else None
 
 def _concatenated(xs, dim:int=0, axis:int=0, **kwargs) -> tuple|None:
-    "Join the statistics of batches, if they are joined along their samples"
+    "Join the statistics of batches, if the batches are joined along their samples"
     parts = [_stats(o) for o in xs]
     return None if dim or axis or None in parts else tuple(torch.cat(o) for o in zip(*parts))
 
 def _taken(x, i) -> tuple|None:
-    "Take the statistics of samples `i`, if that is an index of samples alone"
+    "Take the statistics of samples `i`, if `i` indexes samples alone"
     if not isinstance(i, (slice,list,Tensor)) or getattr(i, 'ndim', 1) != 1 or _stats(x) is None: return None
     return tuple(o[i] for o in x.norm_stats)
 
@@ -210,40 +211,40 @@ def _taken(x, i) -> tuple|None:
 class ImageNormalize(Normalize):
     """Normalise images in batches, [B, C, H, W] or [B, C, D, H, W], by `image_normalize`. Decoding gives the original.
 
-    Images are `TensorImage` and its subclasses, and floating or unsigned 8 and 16 bit tensors [B, C, H, W] of no type
-    of their own. Masks, points, boxes and labels are left alone; a tensor [B, C, H, W] of floats that is no image needs
-    one of these types. Only the model's inputs are looked at (the first `n_inp` parts of a batch, or all but the last).
-    Use it in `batch_tfms`: among `item_tfms` it would see bytes, and could not be decoded. A callable `mask` must be a
-    module's function if the learner is to be exported.
-    Raises `ValueError`, as `image_normalize`: for options at once, for images and what a mask gives in each batch."""
-    # nothing to be moved to a device
+    Images are `TensorImage` and its subclasses, and plain tensors [B, C, H, W] of floats or of unsigned 8 or 16 bits.
+    Masks, points, boxes and labels are left alone; give a tensor [B, C, H, W] of floats one of these types if it is not
+    an image. Only the model's inputs are normalised (the first `n_inp` parts of a batch, or all but the last).
+    Use it in `batch_tfms`: among `item_tfms` it would see bytes, and could not be decoded. To export the learner, a
+    callable `mask` must be a function of a module.
+    Raises `ValueError` like `image_normalize`: at once for options, in each batch for images and results of a mask."""
+    # no parameters to move to a device
     parameters = ()
-    # inputs of the model, as the data say; as batches show
+    # number of the model's inputs: from the data; else the most that batches had
     n_inp,_most = None,0
     def __init__(self,
         per:str='channel',  # Statistics of each 'channel' of an image, or of an 'image', whose colours stay
         stat:str='std',     # 'std': mean 0, deviation 1; 'minmax': 0 to 1; 'percentile': those of `q` become 0 and 1
         q:tuple=(1,99.8),   # Percentiles, from 0 to 100
-        mask=None,          # Pixels that count: 'nonzero', a tensor that broadcasts to every batch, a callable of it
-        clip:tuple|None=None, # Lowest and highest value of the output; what is cut off is not decoded. None: none
+        mask=None,          # Pixels that count: 'nonzero', a tensor that broadcasts to batches, a callable of a batch
+        clip:tuple|None=None, # Lowest and highest value of the output; decoding does not undo it. None: no limits
         eps:float=1e-3,     # The scale is at least this share of maximum - minimum; above 0
-        stats:tuple|None=None, # Of the whole that all are tiles of, in the units of batches. None: each by its own
+        stats:tuple|None=None, # Of the image that all are tiles of, in the units of batches. None: each image's own
     ):
         _check_options(per, stat, q, mask, clip, eps)
         if stats is not None: check_stats(stats)
         store_attr()
 
     def setups(self, dl:DataLoader):
-        "Measure nothing, but ask the data how many inputs the model has"
+        "Ask the data how many inputs the model has. Measure nothing"
         self.n_inp = getattr(dl.dataset, 'n_inp', None)
 
     def __call__(self, b, **kwargs):
-        "Normalise `b`: of a batch, the model's inputs alone"
+        "Normalise the tensor `b`, or the model's inputs in the batch `b`"
         if isinstance(b, Tensor): return super().__call__(b, **kwargs)
         if not isinstance(b, (tuple,list,L)):
-            warnings.warn(f"ImageNormalize knows no images in a {type(b).__name__}: it normalised nothing. Use a tuple")
+            warnings.warn(f"ImageNormalize finds no images in a {type(b).__name__}: it normalised nothing. Use a tuple")
             return b
-        # as fastai counts inputs; without targets, a batch has as many parts
+        # count inputs like fastai; a batch without targets has as many parts as the model has inputs
         self._most = max(self._most, len(b)-1, 1)
         n = self.n_inp or self._most
         res = [self._all(o, kwargs) for o in b[:n]]
@@ -252,34 +253,34 @@ class ImageNormalize(Normalize):
         return _made_of([*res, *b[n:]], b)
 
     def _all(self, o, kwargs:dict):
-        "Normalise `o`, or all that is in it"
+        "Normalise `o`, or each part of it"
         if not isinstance(o, (tuple,list,L)): return super().__call__(o, **kwargs)
         return _made_of([self._all(p, kwargs) for p in o], o)
 
     def encodes(self, x:TensorImage): return self._encoded(x)
     def encodes(self, x:Tensor): return self._encoded(x) if _is_plain(x) else x
-    # `-> None`: of the class that `_decoded` gives
+    # `-> None`: keep the class that `_decoded` returns
     def decodes(self, x:TensorImage) -> None: return _decoded(x)
     def decodes(self, x:Tensor) -> None: return _decoded(x)
 
     def _encoded(self, x):
         out,*stats = _normalize(x, self.per, self.stat, self.q, self.mask, self.clip, self.eps, self.stats)
-        # one image forgets: a batch made of such images would not know
+        # a single image forgets, because a batch made of such images would, too
         if x.dim() < 4: return out
         return _remember(out, tuple(o.as_subclass(Tensor).expand(len(x), *o.shape[1:]) for o in stats))
 
 # %% ../nbs/42_normalize.ipynb #011cf6d4
 def _made_of(parts:list, b):
-    "Put `parts` into a tuple, list or named tuple as `b` is"
+    "Put `parts` into a tuple, list or named tuple like `b`"
     return type(b)(*parts) if hasattr(b, '_fields') else type(b)(parts)
 
 def _is_plain(x:Tensor) -> bool:
-    "Tell whether `x` is a batch of images without a type of its own (class indices are of wider integers)"
+    "Tell whether the plain tensor `x` is a batch of images (class indices are wider integers)"
     image = x.is_floating_point() or x.dtype in (torch.uint8,torch.uint16)
     return type(x) in (Tensor,TensorBase) and x.dim() in (4,5) and image
 
 def _decoded(x:Tensor) -> Tensor:
-    "Return `x` before it was normalised, as far as it knows"
+    "Undo the normalisation of `x` if it remembers its statistics"
     stats = _stats(x)
     if stats is None or len(stats[0]) != len(x) or stats[0].dim() != x.dim(): return _retype(x, x)
     c,s = (o.to(x.device) for o in stats)

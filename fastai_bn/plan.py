@@ -1,22 +1,24 @@
-"""`memory_plan`: what a batch takes, and what each remedy would, before anything is allocated
+"""`memory_plan`: how much memory a batch takes, and each remedy, before anything is allocated
 
-Will a batch fit on a graphics card that you have not rented yet? `memory_plan` runs a training window by the real pager
-on tensors that have shapes and no memory. It counts every storage: what is on the device at most, what a budget moves,
-and the largest single operation, below which no budget goes.
+Will a batch fit on a graphics card that you have not rented yet? `memory_plan` runs a training window with the real
+pager on tensors that have shapes and no memory. It counts every storage: the peak on the device, the bytes that a
+budget moves, and the largest single operation, which every budget must hold.
 
 ```python
 memory_plan(model, xb, loss_func, yb, n_step=16, budgets=['8GiB', '4GiB'], card='T4')
 ```
 
-For models whose operations are the same on fake tensors the figures are those of the run on a CPU, *to the byte*. For
-an accelerator they are a plan: its kernels differ a little, and its allocator takes more.
+If the model's operations are the same on fake tensors, the figures agree with the run on a CPU *to the byte*. For an
+accelerator they are a plan: its kernels differ a little, and its allocator takes more.
 
-Batches count as PyTorch's own memory and plain tensors, whatever they are: NumPy's memory cannot leave, and subclasses
-such as `TensorImage` make more views. What a closure keeps is not counted. If the model fills a cache outside of itself
-(a global, an `lru_cache`), run one real batch first: else tensors without memory stay in there.
+A batch always counts as plain tensors in PyTorch's own memory. A real batch can differ: NumPy's memory cannot be
+evicted, and subclasses such as `TensorImage` make more views. The plan does not count tensors that a closure keeps. If
+the model fills a cache outside of itself (a global, an `lru_cache`), run one real batch first; otherwise tensors
+without memory stay in the cache.
 
-**Use it** before you rent, buy or wait. **Do without** for a model that reads values (`.item()`, a path that depends on
-data), recurrent layers and CTC: it is refused by name; run one real micro-batch and scale.
+**Use it** before you rent, buy or wait. **Do without** if the model reads values (`.item()`, a path that depends on
+data), or has recurrent layers or CTC. `memory_plan` refuses such a model and names the layer; run one real micro-batch
+and scale.
 
 In a `Learner`, `learn.memory_plan()` (`fastai_bn.advice`) also says which call to make.
 
@@ -54,16 +56,16 @@ __all__ = ['memory_plan']
 COLUMNS = ['way','budget','micro_bs','peak','moved','remade','host','weights','total','floor','floor_op','seconds']
 
 def as_args(o) -> tuple:
-    "Make a tuple of arguments: a tuple is several, None is none"
+    "Make a tuple of arguments: a tuple has several, None stands for no argument"
     return o if isinstance(o, tuple) else () if o is None else (o,)
 
 def _listed(o) -> list:
-    "List one or several"
+    "Make a list of one or several values"
     if o is None: return []
     return list(o) if isinstance(o, (list,tuple)) else [o]
 
 def _budgets(budgets) -> list[int]|None:
-    "Read budgets. Raise `ValueError` for what is no number of bytes"
+    "Read budgets. Raise `ValueError` unless they are numbers of bytes"
     return None if budgets is None else [read_bytes('budgets', o) for o in _listed(budgets)]
 
 def read_bytes(name:str, n:int|str) -> int:
@@ -72,44 +74,44 @@ def read_bytes(name:str, n:int|str) -> int:
     except ValueError: res = None
     if isinstance(res, int): return res
     raise ValueError(
-        f"`{name}` must be bytes, as an int or a string such as '6GiB', got {n!r}. A share of what is free here says "
-        "nothing of another device")
+        f"`{name}` must be bytes, as an int or a string such as '6GiB', got {n!r}. A share of the free memory "
+        "here says nothing about another device")
 
 # %% ../nbs/73_plan.ipynb #c0ffee05
 def _check(n:int, n_step, micro_bs, opt, by):
-    "Raise `ValueError` for arguments that no window can have"
+    "Raise `ValueError` if no window can have these arguments"
     if n_step is not None and not (is_count(n_step) and n_step <= n): raise ValueError(
         f"`n_step` must be an integer from 1 to the {n} samples of the batch, or None, got {n_step!r}. It is the "
         "number of micro-batches that the batch is cut into")
     if not all(map(is_count, _listed(micro_bs))): raise ValueError(
         f"`micro_bs` must be an integer >= 1, a list of them, or None, got {micro_bs!r}. It is a number of samples")
     if opt is not None and not callable(opt): raise ValueError(
-        f"`opt` must be a callable of parameters, as torch.optim.Adam is, or None, got {type(opt).__name__}")
+        f"`opt` must be a callable of parameters, such as torch.optim.Adam, or None, got {type(opt).__name__}")
     if by not in (None,'layer'): raise ValueError(
         f"`by` must be 'layer' or None, got {by!r}. None: a row per way to run the batch")
 
 # %% ../nbs/73_plan.ipynb #7783c38e
 def memory_plan(
-    model:nn.Module, # As it is: frozen layers and layers in eval mode stay so
-    xb,              # The inputs of a batch: a tensor, a tuple of several, lists, dicts; on any device, `meta` too
+    model:nn.Module, # Frozen layers and layers in eval mode stay as they are
+    xb,              # The inputs of a batch: a tensor, a tuple of several, lists, dicts; on any device, or `meta`
     loss_func,       # Called with the prediction and targets; returns a scalar
-    yb,              # The targets, as `xb`; None: there are none
+    yb,              # The targets, like `xb`; None: no targets
     n_step:int|None=None,        # Micro-batches, for a row 'accumulated'
     budgets:list|str|int|None=None, # Bytes of activations, for rows 'budget'. None: 3/4, 1/2 and 1/4 of the peak
-    micro_bs:list|int|None=None, # Samples of lock step, for rows 'lockstep', without a budget and with each
-    opt=None,                    # Callable of a list of parameters, as `torch.optim.Adam`: its state counts as weights
+    micro_bs:list|int|None=None, # Samples per micro-batch, for rows 'lockstep', without a budget and with each
+    opt=None,                    # Callable of parameters, such as `torch.optim.Adam`: its state counts as weights
     card:str|Card|None=None,     # A name in `CARDS` or a `Card`, for modelled `seconds`
-    by:str|None=None,            # 'layer': what each layer holds at the peak of the whole batch
+    by:str|None=None,            # 'layer': bytes that each layer holds at the peak of the whole batch
 ) -> pd.DataFrame:
-    """Plan a training window: what the batch takes in one piece, in micro-batches, under budgets, in lock step.
+    """Plan the memory of a training window: the batch in one piece, in micro-batches, under budgets, in lock step.
 
-    Nothing is allocated and the model is left as it was. Columns: `way` ('whole', 'accumulated', 'budget', 'lockstep');
-    `budget` (bytes), `micro_bs` (samples), NaN where there is none; in bytes `peak` of activations on the device in any
-    window, `moved` in a window from the second on, `remade`, `host` (most in host memory), `weights` (parameters,
-    gradients, buffers, optimizer state), `total` (`peak` and `weights`), `floor`, what the largest single operation
-    needs, `floor_op`; modelled `seconds` (NaN without `card`). With `by='layer'`: `layer` and `peak`, what it holds.
+    Allocates nothing and leaves the model as it was. Columns: `way` ('whole', 'accumulated', 'budget', 'lockstep');
+    `budget` (bytes) and `micro_bs` (samples), or NaN; in bytes `peak` of activations on the device in any window,
+    `moved` and `remade` in a window after the first, `host` (most in host memory), `weights` (parameters, gradients,
+    buffers, optimizer state), `total` (`peak` and `weights`), `floor` (bytes of the largest operation, `floor_op`);
+    modelled `seconds` (NaN without `card`). With `by='layer'`: `layer`, and `peak`, the bytes that it holds.
     Within `torch.autocast('cpu', torch.bfloat16)` it plans mixed precision.
-    Raises `ValueError` for bad arguments, lazy and recurrent layers, CTC, and what reads values."""
+    Raises `ValueError` for bad arguments, lazy and recurrent layers, CTC, and operations that read values."""
     budgets,card,run = _budgets(budgets),card and find_card(card),partial(run_window, cast=precision())
     n = n_samples(as_args(xb), as_args(yb))
     _check(n, n_step, micro_bs, opt, by)
@@ -125,11 +127,11 @@ def planned(
     model:nn.Module,
     loss_func=None,
 ): # `Fakes`
-    "Within, `model` has no memory, and the pager does not warn of budgets that are only tried"
+    "Within, take the memory of `model` away, and keep the pager from warning of budgets that are only tried"
     for k,m in model.named_modules():
         if isinstance(m, nn.RNNBase): raise cannot_plan(
             f'{name_of(k)} ({type(m).__name__})', "recurrent layers use a different kernel on every device")
-    # No other process is asked: it may not plan
+    # Do not ask other processes: they may not plan
     with (rng_kept(), torch.autocast('cpu', enabled=False), warnings.catch_warnings(),
           without_sync(bn_layers(model).values()), without_memory(model, loss_func) as fakes):
         warnings.filterwarnings('ignore', '.*alone needs')
@@ -149,7 +151,7 @@ def plan_rows(
     budgets:list[int]|None, # None: 3/4, 1/2, 1/4 of the peak
     micro_bs:list[int],
 ) -> list[dict]:
-    "Count each way"
+    "Count each way to run the batch"
     whole = windows.row('whole', xb, yb)
     rows = [whole]
     if n_step is not None:
@@ -169,10 +171,10 @@ def first_of(fakes:Fakes, xb:tuple, yb:tuple, n:int, n_step:int) -> tuple[tuple,
     return first[:len(xb)],first[len(xb):]
 
 # %% ../nbs/73_plan.ipynb #dab5225a
-BATCH = '(batch)' # what was there before the first operation
+BATCH = '(batch)' # storages from before the first operation
 
 class _LayerPager(ActivationPager):
-    "A pager that counts, and notes which layers hold what at the peak"
+    "Count, and note how many bytes each layer holds at the peak"
     sees_all = True
     def __init__(self, tracker:LayerTracker):
         super().__init__(None)
@@ -186,7 +188,7 @@ class _LayerPager(ActivationPager):
         if self.peak > before: self.layers = self._held(ledger)
 
     def _held(self, ledger) -> dict[str,int]:
-        "Count what each layer holds now"
+        "Count the bytes that each layer holds now"
         res = {}
         for rec in ledger.recs.values():
             if rec.foreign: continue
@@ -195,7 +197,7 @@ class _LayerPager(ActivationPager):
         return res
 
 def _by_layer(windows:CountedWindows, xb:tuple, yb:tuple) -> pd.DataFrame:
-    "Say what each layer holds at the peak, in the order of layers"
+    "List the bytes that each layer holds at the peak, in the order of layers"
     tracker = windows.fakes.mode.tracker
     pager = _LayerPager(tracker)
     windows.window(pager, None, windows.model, xb, yb)

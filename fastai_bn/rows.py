@@ -1,10 +1,10 @@
-"""Centre and scale of each row of a matrix, precise at any offset, with NumPy's percentiles
+"""Measure centre and scale of each row of a matrix, precisely at any offset, with NumPy's percentiles
 
-Float32 has 7 digits, and an image may lie far from zero, so its moments need care. Percentiles need time, if all values
-are sorted for them. This module measures the rows of a matrix, one per channel or per image: the moments by the
-fastest native kernel that is precise, the percentiles by looking at the ends alone.
+Float32 has 7 digits, and the values of an image may lie far from zero, so its moments need care. Percentiles take time
+if all values are sorted for them. This module measures the rows of a matrix, one per channel or per image. It computes
+the moments by the fastest native kernel that is precise, and the percentiles from the largest or smallest values alone.
 
-You rarely need it directly: use `image_normalize`, which is made of it.
+You rarely need it directly: `image_normalize` uses it.
 
 Docs: the notebook nbs/41a_rows.ipynb"""
 
@@ -26,7 +26,7 @@ __all__ = []
 def _ends(y:Tensor, k:int, largest:bool) -> Tensor:
     "Find the `k` largest or smallest values of each row of `y` [G, n], in no order"
     part = y[:,::17]
-    # at least k values are beyond the kp-th of the part, as a rule
+    # as a rule, at least k values of the row are beyond the kp-th value of the part
     kp = math.ceil(k/17+4*math.sqrt(k/17))+4
     if y.device.type != 'cpu' or kp > part.shape[1]//4: return y.topk(k, 1, largest=largest, sorted=False).values
     ts = part.topk(kp, 1, largest=largest, sorted=False).values.sort(1).values[:,0 if largest else -1,None]
@@ -35,14 +35,14 @@ def _ends(y:Tensor, k:int, largest:bool) -> Tensor:
     return torch.stack([_beyond(r, t, k, largest, tied) for r,t,tied in zip(y, ts[:,0].tolist(), ties)])
 
 def _beyond(r:Tensor, t:float, k:int, largest:bool, tied:bool) -> Tensor:
-    "Find the same in one row `r` [n]: about `k` values are beyond the threshold `t`, or, `tied`, many equal it"
+    "Find the `k` values of one row `r` [n]. About `k` are beyond the threshold `t`; if `tied`, many equal it"
     if tied: c = r[r > t] if largest else r[r < t]
     else: c = r[r >= t] if largest else r[r <= t]
     if tied and len(c) < k <= len(c)+int((r == t).sum()): c = torch.cat([c, r.new_full((k-len(c),), t)])
     return (c if len(c) >= k else r).topk(k, largest=largest, sorted=False).values
 
 def _percentile(y:Tensor, q:float) -> Tensor:
-    "Compute the `q`-th percentile [G, 1] of each row of `y` [G, n], between the ranks around q/100*(n-1)"
+    "Compute the `q`-th percentile [G, 1] of each row of `y` [G, n]: interpolate the ranks around q/100*(n-1)"
     n = y.shape[1]
     pos = q/100*(n-1)
     k = min(math.floor(pos), max(n-2, 0))
@@ -63,7 +63,7 @@ def _byte_percentiles(u:Tensor, q:tuple) -> list[Tensor]:
     return [a+(p-math.floor(p))*(b-a) for p,a,b in ranks]
 
 def _percentiles(y:Tensor, u:Tensor|None, q:tuple, off, unit) -> list[Tensor]:
-    "Compute the percentiles `q` of rows `y` [G, n], of which y*unit + off may be the bytes `u`"
+    "Compute the percentiles `q` of rows `y` [G, n]; if the image has bytes, y*unit + off are its bytes `u`"
     if u is None: return [_percentile(y, o) for o in q]
     return [(o-off)/unit for o in _byte_percentiles(u.reshape(y.shape), q)]
 
@@ -71,7 +71,7 @@ def _percentiles(y:Tensor, u:Tensor|None, q:tuple, off, unit) -> list[Tensor]:
 def _moments(y:Tensor) -> tuple[Tensor,Tensor]:
     "Compute mean and standard deviation [G, 1] of each row of `y` [G, n]"
     if not y.requires_grad:
-        # the fastest kernel with precise moments, but it gives them no gradients
+        # the fastest kernel with precise moments, but they have no gradients
         _,mean,rstd = torch.native_layer_norm(y, (y.shape[1],), None, None, 0.)
         return mean,1/rstd
     var,mean = torch.var_mean(y, 1, correction=0, keepdim=True)
@@ -83,11 +83,11 @@ def _is_precise(c:Tensor, s:Tensor) -> bool:
     return bool(((c.abs() <= 4*s) & (s > 1e-10) & (s < 1e10)).all())
 
 def _wide(c:Tensor) -> Tensor:
-    "Give `c` all digits that the device has"
+    "Convert `c` to the widest floats of its device"
     return c if c.device.type == 'mps' else c.double()
 
 def _stretched(v:Tensor, lo:Tensor, span:Tensor) -> tuple[Tensor,Tensor|float,Tensor|float]:
-    "Write rows `v` [G, n] as stretched*unit + offset, if they are not precise enough. Minimum and range are [G, 1]"
+    "Write rows `v` [G, n] as stretched*unit + offset if float32 is not precise enough. `lo` and `span` are [G, 1]"
     if _is_precise(lo, span): return v,0.,1.
     unit = span.where(span > 0, 1)
     return (v-lo).div_(unit),lo,unit
@@ -99,7 +99,7 @@ def measure_rows(
     q:tuple,            # Percentiles, from 0 to 100
     eps:float,          # The scale is at least this share of maximum - minimum
     u:Tensor|None=None, # The same values as bytes, in any shape, if they are bytes
-) -> tuple[Tensor,Tensor]|None: # Centre and scale [G, 1], in float64 far from zero; the scale is 0 for one value
+) -> tuple[Tensor,Tensor]|None: # Centre and scale [G, 1], float64 if far from zero; scale 0 if all values are equal
     "Measure each row. Return None if not all values are finite"
     if stat == 'std' and 2*v.shape[1]*eps**2 <= 1:
         c,s = _moments(v)
@@ -119,13 +119,13 @@ def measure_rows(
 
 # %% ../nbs/41a_rows.ipynb #6b4253f0
 def _counted(r:Tensor, ok:Tensor, finite:Tensor) -> Tensor:
-    "Choose the pixels of row `r` that are `ok`; if there are none, the finite ones; if there are none, a zero"
+    "Choose the pixels of row `r` that are `ok`; if there are none, the finite pixels; if these are none, a zero"
     if ok.any(): return r[ok]
     return r[finite] if finite.any() else r.new_zeros(1)
 
 def measure_counted(
     v:Tensor,    # Rows [G, n] of floats
-    ok:Tensor,   # Which of their values count, if any do: bool [G, n]
+    ok:Tensor,   # Values that count, bool [G, n]; if none does in a row, all finite values count
     stat:str,    # 'std', 'minmax' or 'percentile'
     q:tuple,     # Percentiles, from 0 to 100
     eps:float,   # The scale is at least this share of maximum - minimum
@@ -138,7 +138,7 @@ def measure_counted(
 
 # %% ../nbs/41a_rows.ipynb #dbd76843
 def _numbers(o) -> Tensor:
-    "Make a tensor of floats of a number, an array or a tensor"
+    "Make a tensor of floats from a number, an array or a tensor"
     if isinstance(o, Tensor): t = o.as_subclass(Tensor)
     else:
         a = np.asarray(o)
@@ -149,7 +149,7 @@ def _numbers(o) -> Tensor:
 def check_stats(
     stats, # Centre and scale: tensors, arrays or numbers
 ) -> tuple[Tensor,Tensor]: # The same as tensors of floats
-    "Take centre and scale that the caller has. Raise `ValueError` if they are none"
+    "Convert the caller's centre and scale. Raise `ValueError` unless they are a centre and a scale"
     try: c,s = map(_numbers, stats)
     except (TypeError, ValueError, RuntimeError) as e: raise ValueError(
         f"`stats` must be a pair of real tensors or numbers, centre and scale, got {type(stats).__name__}. "
@@ -160,19 +160,19 @@ def check_stats(
     return c,s
 
 # %% ../nbs/41a_rows.ipynb #c80a9eef
-_FAR = 32 # centres in units of the scale: beyond that, float32 cannot tell them well enough
+_FAR = 32 # in units of the scale: float32 is not precise enough for centres beyond it
 
 def is_far(
     c:Tensor, # Centres
     s:Tensor, # Scales
 ) -> bool:
-    "Tell whether an image lies so far from zero, for its contrast, that its centre needs float64"
+    "Tell whether an image lies so far from zero, compared with its contrast, that its centre needs float64"
     return bool(((c.abs() > _FAR*s) & (s > 0)).any())
 
 def scaled(
     x:Tensor, # Floats
-    c:Tensor, # Centre, and
-    s:Tensor, # scale, which broadcast to `x`
+    c:Tensor, # Centre, broadcasts to `x`
+    s:Tensor, # Scale, broadcasts to `x`
 ) -> Tensor: # Shape of `x`
     "Compute (x - centre)/scale; 0 where the scale is 0, and where `x` is not finite, with a warning"
     out = (x-c).div_(s.where(s > 0, math.inf))

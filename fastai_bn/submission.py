@@ -1,12 +1,12 @@
-"""`submission_table`: `Id,Predicted` for a competition; `best_thresholds`: one threshold a label
+"""`submission_table`: `Id,Predicted` for a competition; `best_thresholds`: a threshold per label
 
-A multi-label net gives a probability per label, and a submission wants label numbers. Rare labels get low
-probabilities, so one threshold for all of them leaves the rare ones out, and the competition's score, the mean of all
-labels' F1, counts them as much as the others. `best_thresholds` chooses one per label on the validation set,
-`submission_table` makes the file.
+A multi-label net gives a probability per label, and a submission needs label numbers. Rare labels get low
+probabilities, so one threshold for all labels misses the rare ones. The competition's score, the mean F1 over all
+labels, counts rare labels as much as the others. `best_thresholds` chooses a threshold per label on the validation set,
+and `submission_table` makes the table of the submission.
 
 **Use it** with `HPADataLoaders` or any predictions of several labels. **Do not** choose thresholds on images that the
-net was trained on, or on so few that labels are missing.
+net was trained on, or on so few images that labels are missing.
 
 Docs: the notebook nbs/52_submission.ipynb"""
 
@@ -28,10 +28,10 @@ __all__ = ['best_thresholds', 'submission_table']
 
 # %% ../nbs/52_submission.ipynb #e42700f5
 def best_thresholds(
-    probs:Tensor,   # Probabilities [N, L] of L labels, or scores of any range, as `learn.get_preds()` gives them
-    targets:Tensor, # Which are right: 0 or 1, [N, L]
-) -> Tensor: # Shape [L]: a label is predicted from its threshold on
-    """Choose for each label the threshold of the highest F1. A label that no image has gets infinity: never predicted.
+    probs:Tensor,   # Probabilities [N, L] of L labels, or scores of any range, as `learn.get_preds()` returns them
+    targets:Tensor, # True labels: 0 or 1, [N, L]
+) -> Tensor: # Shape [L]: a label is predicted if its probability reaches the threshold
+    """Choose for each label the threshold of the highest F1. A label without images gets infinity: never predicted.
 
     Raises `ValueError` if the shapes differ or are not [N, L], or a probability is NaN."""
     probs,targets = torch.as_tensor(probs).detach(),torch.as_tensor(targets)
@@ -49,23 +49,23 @@ def _best(y:np.ndarray, p:np.ndarray) -> float:
 
 # %% ../nbs/52_submission.ipynb #cd6bb375
 def _ids(images) -> list[str]:
-    "List the Ids of a DataLoader's images, or of Ids and paths"
+    "List the Ids of a DataLoader's images, of a table, or of Ids and paths"
     if isinstance(images, pd.DataFrame): images = images['Id']
     items = images.items if isinstance(images, DataLoader) else [images] if isinstance(images, (str,Path)) else images
     names = [o[0] if isinstance(o, tuple) else o for o in items]
     if not all(isinstance(o, (str,Path)) for o in names): raise ValueError(
-        "`images` must be a DataLoader of images that are named, or their Ids or paths: loaded images have no Id")
+        "`images` must be a DataLoader of Ids or paths, or the Ids or paths themselves: loaded images have no Id")
     return [Path(o).name for o in names]
 
 def submission_table(
-    images,        # The DataLoader that was predicted on, as `dls.test_dl` makes it; Ids, paths, a table with Ids
-    probs:Tensor,  # Probabilities [N, L] of L labels, in that order
-    thresholds=.5, # A label is predicted from its threshold on: a number for all, or one per label [L]
-) -> pd.DataFrame: # Id; Predicted: the label numbers, separated by blanks
-    """Make the table of a submission. An image without any label gets the one that comes nearest to its threshold.
+    images,        # The DataLoader of the predictions, as `dls.test_dl` makes it; or Ids, paths, a table with Ids
+    probs:Tensor,  # Probabilities [N, L] of L labels, in the order of `images`
+    thresholds=.5, # Least probability of a predicted label: a number for all labels, or one per label [L]
+) -> pd.DataFrame: # Columns Id and Predicted: the label numbers, separated by blanks
+    """Make the table of a submission. If no label of an image reaches its threshold, the image gets the nearest label.
 
-    Raises `ValueError` if there are not as many images as predictions, or thresholds as labels, or if a probability
-    is NaN."""
+    Raises `ValueError` if the numbers of images and predictions differ, or those of thresholds and labels.
+    Raises `ValueError` if a probability is NaN."""
     ids,over = _ids(images),torch.as_tensor(probs).cpu()
     if not over.is_floating_point(): over = over.float()
     if over.dim() != 2 or len(ids) != len(over) or over.isnan().any(): raise ValueError(

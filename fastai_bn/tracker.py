@@ -1,9 +1,9 @@
-"""Every operation belongs to a layer, in the backward pass, too
+"""Find the layer of every operation, in the forward and the backward pass
 
-A plan (`fastai_bn.plan`) says which layers hold the memory, and names the layer that it cannot plan. This module knows,
-at any time, which layer of a model is at work.
+A plan (`fastai_bn.plan`) lists the layers that hold the memory, and names a layer that it cannot plan. This module
+tracks which layer of a model is at work.
 
-You need this page to understand or to change how a plan gets its names. To plan you do not.
+Read this page to understand or to change how a plan gets its names. You do not need it to make a plan.
 
 Docs: the notebook nbs/70_tracker.ipynb"""
 
@@ -22,14 +22,14 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 __all__ = []
 
 # %% ../nbs/70_tracker.ipynb #9f9daaa3
-OUTSIDE,ROOT = '(loss)','(model)' # after all layers; in the model, in none of its layers
+OUTSIDE,ROOT = '(loss)','(model)' # outside the model; in the model, but in none of its layers
 
 class LayerTracker:
-    "Within, know which layer of `model` is at work"
+    "Within, track which layer of `model` is at work"
     def __init__(self, model:nn.Module):
         self.names = {m:k or ROOT for k,m in model.named_modules()}
-        self.calls = []                 # names of the layers that were called and have not returned, innermost last
-        self.starts,self.whose = [],[]  # numbers of nodes, and the layer whose nodes begin there
+        self.calls = []                 # names of layers that have been called and have not returned, innermost last
+        self.starts,self.whose = [],[]  # numbers of nodes, and the layer whose nodes start there
         self.hooks = ExitStack()
 
     def __enter__(self):
@@ -46,12 +46,12 @@ class LayerTracker:
 
     def _leave(self, m:nn.Module, args, out):
         if self.names.get(m) not in self.calls: return
-        # In lock step calls of several micro-batches are under way
+        # In lock step several micro-batches have calls that have not returned
         del self.calls[len(self.calls)-1 - self.calls[::-1].index(self.names[m])]
         self._note()
 
     def _note(self):
-        "Take note of who is at work from the next node on"
+        "Note the layer that is at work from the next node on"
         self.starts.append(torch._C._autograd._get_sequence_nr())
         self.whose.append(self.calls[-1] if self.calls else OUTSIDE)
 

@@ -1,14 +1,14 @@
 """`gn_unet_learner`: fastai's `unet_learner` with GroupNorm everywhere, or in the decoder alone
 
 U-Nets are trained with the smallest batches. fastai's U-Net has BatchNorm (BN) in the encoder, at the bottleneck and in
-every skip connection, and no way to choose another norm: `NormType` has no GroupNorm (GN), and
-`norm_type=NormType.Instance` normalises the logits and leaves BN in the skips. `gn_unet_learner` takes what
-`unet_learner` takes, and a `scope`: 'all' puts GN everywhere, 'decoder' everywhere but in the encoder, which keeps its
-BN, and 'none' leaves no norm outside the encoder.
+every skip connection, and you cannot choose another norm: `NormType` has no GroupNorm (GN), and
+`norm_type=NormType.Instance` normalises the logits and leaves BN in the skips. `gn_unet_learner` takes the arguments of
+`unet_learner`, and a `scope`. 'all' puts GN everywhere. 'decoder' puts it everywhere but in the encoder, which keeps
+its BN. 'none' leaves no norm outside the encoder.
 
-**Use it** where a step has few images. **Do not use it** for large images that are predicted in pieces, before you have
-read what happens to empty tiles. If BN is fine with a larger batch and only memory is short, `AccumulateGradBN` with a
-`bn_bs` makes that batch of small ones.
+**Use it** if a step has few images. **Do not use it** for large images that you predict in pieces, before you have read
+what happens to empty tiles. If BN works well with a larger batch and only memory is short, `AccumulateGradBN` with a
+`bn_bs` makes that batch out of small ones.
 
 Docs: the notebook nbs/41_unet.ipynb"""
 
@@ -34,17 +34,17 @@ def _plain_logits(model:DynamicUnet):
     model.layers[i] = ConvLayer(ni, conv.out_channels, ks=1, act_cls=None, norm_type=None).to(conv.weight.device)
 
 def _no_bn(model:DynamicUnet):
-    "Take BatchNorm out of bottleneck, skips and, with `bottle=True`, the shortcut of `model`. The encoder keeps it"
+    "Remove BatchNorm from bottleneck, skips and, with `bottle=True`, the shortcut of `model`. The encoder keeps it"
     for parent in [model.layers, *model.layers[1:].modules()]:
         for k,m in parent.named_children():
             if isinstance(m, nn.modules.batchnorm._BatchNorm): setattr(parent, k, nn.Identity())
 
 def _check_scope(scope:str, ws:bool, kwargs:dict):
-    "Raise `ValueError` if the arguments of `gn_unet_learner` do not go together"
+    "Raise `ValueError` if the arguments of `gn_unet_learner` do not fit together"
     if scope not in ('all','decoder','none'):
         raise ValueError(f"`scope` must be 'all', 'decoder' or 'none', got {scope!r}. It says where GroupNorm goes")
     if 'norm_type' in kwargs:
-        raise ValueError(f"`norm_type` must be left out, got {kwargs['norm_type']!r}. `scope` says where which norm is")
+        raise ValueError(f"`norm_type` must be left out, got {kwargs['norm_type']!r}. `scope` chooses the norms")
     if ws and scope == 'none':
         raise ValueError("`ws` must be False with scope='none', got True. It standardises weights before a GroupNorm")
 
@@ -54,16 +54,16 @@ def gn_unet_learner(
     dls,               # `DataLoaders` with images [B, n_in, H, W]
     arch,              # Makes the encoder, as for `unet_learner`: `resnet34`, `partial(timm.create_model, 'resnet26d')`
     scope:str='all',   # Where GroupNorm goes: 'all', 'decoder' or 'none'
-    num_groups:int=32, # Groups per layer, at most: see `bn_to_gn`. At least 1
+    num_groups:int=32, # Most groups of a layer, >= 1: see `bn_to_gn`
     ws:bool=False,     # Standardise the weights of convolutions before a GroupNorm? See `weight_standardize`
-    **kwargs,          # All else that `unet_learner` takes, but `norm_type`
+    **kwargs,          # Other arguments of `unet_learner`, except `norm_type`
 ) -> Learner: # Its model gives logits [B, n_out, H, W]
-    """Make a `unet_learner` with GroupNorm after the decoder's convolutions, but the last, and in the skips.
+    """Make a `unet_learner` with GroupNorm in the skips and after the decoder's convolutions, except the last.
 
-    `scope` is 'all' (everywhere), 'decoder' (everywhere but in the encoder, which keeps its BatchNorm) or 'none' (there
-    is no norm outside the encoder). What is not listed here is as for `unet_learner`.
-    Warns with scope='all' and pretrained weights: the encoder needs fine-tuning.
-    Raises `ValueError` for an unknown `scope`, `num_groups` below 1, a `norm_type`, and `ws` without GroupNorm."""
+    `scope` is 'all' (everywhere), 'decoder' (everywhere but in the encoder, which keeps its BatchNorm) or 'none' (no
+    norm outside the encoder). All other arguments are those of `unet_learner`.
+    Warns with scope='all' and pretrained weights, because the encoder needs fine-tuning.
+    Raises `ValueError` for an unknown `scope`, `num_groups` below 1, any `norm_type`, or `ws` with scope='none'."""
     check_groups(num_groups)
     _check_scope(scope, ws, kwargs)
     learn = unet_learner(dls, arch, norm_type=None if scope=='none' else NormType.Batch, **kwargs)

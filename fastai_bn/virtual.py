@@ -1,13 +1,13 @@
-"""What a window takes on a graphics card that is not there: the real pager under a clock
+"""Model the time of a window on a graphics card that you do not have: the real pager under a clock
 
-How long does a window take on a T4, an A100? `memory_plan(..., card='A100')` runs it on tensors without memory, under a
-clock. Each operation takes the time that its arithmetic or its bytes take at least, whichever is longer (a *roofline*,
-Williams et al., Communications of the ACM 52(4), 2009). Copies take the time of the bus, beside the computation, and
-the pager makes the same copies and waits for the same ends as on the card. Python needs its time for each operation,
-too, and runs ahead of the device.
+How long does a window take on a T4, or on an A100? `memory_plan(..., card='A100')` runs it on tensors without memory,
+under a clock. An operation takes the least time that its arithmetic needs, or its bytes, whichever is longer (a
+*roofline*, Williams et al., Communications of the ACM 52(4), 2009). Copies take the time of the bus, in parallel with
+the computation. The pager makes the same copies as on the card, and waits for the same ends. Python also takes time for
+each operation, and runs ahead of the device.
 
-Every figure that comes from here is *modelled*: no card was asked. It is good for comparing (which budget, which card,
-what does paging cost), and within about 15 % of published training throughput, see below.
+Every figure from this module is *modelled*: no card ran the window. The figures are good for comparing budgets, cards,
+and the cost of paging. They are within about 15 % of published training throughput, see below.
 
 Docs: the notebook nbs/72_virtual.ipynb"""
 
@@ -31,18 +31,18 @@ __all__ = ['CARDS', 'Card']
 # %% ../nbs/72_virtual.ipynb #df105b42
 @dataclass(frozen=True)
 class Card:
-    "What a data sheet says of a graphics card, and the bus that it is on"
-    name: str          # Of the card
-    memory: int        # Bytes
+    "Hold what a data sheet says of a graphics card, and the speed of its bus"
+    name: str          # Name of the card
+    memory: int        # Memory (bytes)
     fp32: float        # Arithmetic in float32 (FLOP/s)
     tf32: float        # Tensor cores in TF32, which PyTorch lets convolutions use; 0: none (FLOP/s)
     half: float        # Tensor cores, float16 or bfloat16 with sums in float32, dense (FLOP/s)
-    bandwidth: float   # Its memory (bytes/s)
-    to_host: float     # What the bus gives in practice, out (bytes/s)
-    to_device: float   # In
-    source: str = ''   # Of these figures
+    bandwidth: float   # Bandwidth of its memory (bytes/s)
+    to_host: float     # Bandwidth of the bus in practice, to the host (bytes/s)
+    to_device: float   # The same, to the device (bytes/s)
+    source: str = ''   # Source of these figures
     eager: float = 8e-6  # Python's time for an operation (s)
-    paged: float = 60e-6 # With the pager
+    paged: float = 60e-6 # Python's time for an operation under the pager (s)
 
 # %% ../nbs/72_virtual.ipynb #20c5ec17
 _GIB,_T,_G = 2**30,1e12,1e9
@@ -62,22 +62,22 @@ CARDS = {o.name:o for o in ( # Graphics cards by name
 
 # %% ../nbs/72_virtual.ipynb #b1bb3f9c
 def find_card(
-    card:str|Card, # A name in `CARDS`, or a card of your own
+    card:str|Card, # A name in `CARDS`, or your own card
 ) -> Card:
     "Get a card. Raises `ValueError` for an unknown name"
     if isinstance(card, Card): return card
     if card in CARDS: return CARDS[card]
-    raise ValueError(f"`card` must be one of {', '.join(CARDS)}, or a `Card` of your own, got {card!r}")
+    raise ValueError(f"`card` must be one of {', '.join(CARDS)}, or your own `Card`, got {card!r}")
 
 # %% ../nbs/72_virtual.ipynb #467dd6fd
-EFFICIENCY = dict(fp32=.7, tf32=.3, half=.36, bandwidth=.79) # Share of the data sheet's that operations reach
+EFFICIENCY = dict(fp32=.7, tf32=.3, half=.36, bandwidth=.79) # Share of the data sheet's figures that operations reach
 LAUNCH = 4e-6  # Time from the end of a kernel to the beginning of the next (s)
-COPY = 8e-6    # Time that it takes to begin a copy (s)
+COPY = 8e-6    # Time to begin a copy (s)
 
 def _bytes(tensors:list[Tensor]) -> int: return sum([t.numel()*t.element_size() for t in tensors])
 
 class Clock(TorchDispatchMode):
-    "Tell the time on a card: when Python has come so far, and when the device will have done what it was told"
+    "Keep two times: when Python has issued the operations so far, and when the device will have finished them"
     def __init__(self,
         card:Card,
         is_paged:bool=False, # Does the pager see each operation?
@@ -104,25 +104,25 @@ class Clock(TorchDispatchMode):
         return max(arithmetic, memory) + LAUNCH
 
     def rate(self, func, tensors:list[Tensor]) -> float: # FLOP/s
-        "Tell how fast the card does the arithmetic of an operation"
+        "Return the speed of the card's arithmetic in an operation"
         kinds = ['half'] if any(t.dtype in (torch.half, torch.bfloat16) for t in tensors) else ['fp32']
         if kinds == ['fp32'] and 'conv' in func._schema.name: kinds.append('tf32')
         return max([getattr(self.card, k)*EFFICIENCY[k] for k in kinds])
 
     def finish(self) -> float: # Seconds
-        "Have Python wait for the device, as it does for a loss that is printed"
+        "Make Python wait for the device, as for printing a loss"
         self.host = self.device = max(self.host, self.device)
         return self.host
 
 # %% ../nbs/72_virtual.ipynb #f2fc3ae5
 class ClockedCopies(Copies):
-    "Copies that take time on the bus of a virtual device, and no memory"
+    "Make copies that take time on the bus of a virtual device, and no memory"
     def __init__(self, clock:Clock):
         super().__init__()
-        self.clock,self.ends = clock,[0., 0.]  # when the last copy ends, in and out
+        self.clock,self.ends = clock,[0., 0.]  # when the last copy to the device and the last to the host end
 
     def start(self, dst:torch.UntypedStorage, src:torch.UntypedStorage, is_out:bool) -> float:
-        "Begin a copy, after what the device has been told so far; return when it ends"
+        "Begin a copy after all operations issued so far. Return the time when it ends"
         clock,n = self.clock,src.nbytes()
         speed = clock.card.to_host if is_out else clock.card.to_device
         self.ends[is_out] = max(self.ends[is_out], clock.device, clock.host) + COPY + n/speed
@@ -130,7 +130,7 @@ class ClockedCopies(Copies):
         return self.ends[is_out]
 
     def run(self, func, args:tuple, kwargs:dict):
-        "Have time pass for an operation that makes something again"
+        "Add the time of an operation that makes a storage again"
         clock = self.clock
         clock.host += clock.per_op
         clock.device = max(clock.device, clock.host) + clock.seconds(func, args, kwargs, ())

@@ -268,7 +268,7 @@ def test_groups_of_which_nothing_is_left_but_signs_are_a_warning(num_groups, lef
         g(x[:2])
         # an empty batch is none
         g(x[:0])
-    assert len([w for w in ws if 'nothing is left but signs' in str(w.message)]) == (0 if left is None else 2)
+    assert len([w for w in ws if 'keeps only their signs' in str(w.message)]) == (0 if left is None else 2)
     assert (left is not None) == bool(torch.allclose(y.abs(), torch.tensor(left or 0., dtype=F64), atol=1e-4))
 
 @pytest.mark.parametrize('make', [lambda: timm.layers.BatchNormAct2d(8), lambda: BatchNorm1dFlat(2)])
@@ -277,7 +277,7 @@ def test_layers_with_more_around_the_norm_warn_of_signs_too(make):
         warnings.simplefilter('ignore')
         g = bn_to_gn(make(), num_groups=4)
     x = torch.randn(3,8,1,1) if g.num_channels == 8 else torch.randn(3,5,2)
-    with pytest.warns(UserWarning, match='but signs'): g(x)
+    with pytest.warns(UserWarning, match='keeps only their signs'): g(x)
 
 def test_fx_traces_it():
     m = bn_to_gn(nn.Sequential(nn.Conv2d(3,8,3), nn.BatchNorm2d(8), nn.ReLU()))
@@ -293,12 +293,12 @@ def test_fx_traces_it():
 def test_compiled_code_says_nothing(monkeypatch):
     "A warning would break its graph"
     g,x = bn_to_gn(nn.BatchNorm2d(8), num_groups=4),torch.randn(3,8,1,1)
-    with pytest.warns(UserWarning, match='but signs'): want = g(x)
+    with pytest.warns(UserWarning, match='keeps only their signs'): want = g(x)
     monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
     with no_warning(): assert torch.equal(g(x), want)
 
 def test_own_forward_is_lost_with_a_warning():
-    with pytest.warns(UserWarning, match='Plus has a forward of its own'): g = bn_to_gn(Plus(4))
+    with pytest.warns(UserWarning, match='Plus has its own forward'): g = bn_to_gn(Plus(4))
     assert type(g) is GroupNorm
     with no_warning(): assert type(bn_to_gn(Renamed(4))) is GroupNorm
 

@@ -230,7 +230,7 @@ def test_no_folder_no_csv(tmp_path):
     ('', 'must have the columns Id and Target'), ('Id,Target\n', 'must have a row below its header'),
     ('Id,Target\na,1,2\n', "'a,1,2' must have 2 fields, got 3"), ('Id,Target\na\n', 'must have 2 fields, got 1'),
     ('Id,Target\na\0b,1\n', 'Id|csv'), ('a,b\n1,2\n', 'must have the columns Id and Target'),
-    ('Id,Target\nx,1\nx,2\n', "each Id must stand there once, got 'x' again"),
+    ('Id,Target\nx,1\nx,2\n', "each Id must occur once, got 'x' again"),
 ])
 def test_bad_csv(small, text, match):
     (small/'train.csv').write_text(text)
@@ -346,7 +346,7 @@ def test_images_of_another_folder_are_loaded_when_they_are_needed(small):
 @pytest.mark.parametrize('item,match', [
     ('0000-000009', r"test/.*dls.test_dl\(\[path/'test'/Id\]\)"),
     (Path('test')/'..', 'plain file name'),
-    ('test/0000-000000', 'plain file name.*named by a Path'),
+    ('test/0000-000000', 'plain file name.*by a Path'),
 ])
 def test_what_is_no_image_says_how_to_name_one(small, item, match):
     dls = from_folder(small, num_workers=0, device='cpu')
@@ -375,7 +375,7 @@ def of_all(x): return x
 ])
 def test_a_transform_that_would_do_nothing_is_an_error(small, tfm):
     for kw in (dict(item_tfms=tfm), dict(item_tfms=[OfImages(), tfm]), dict(batch_tfms=tfm)):
-        match = f'`{next(iter(kw))}` must know tensors .* would do nothing'
+        match = f'`{next(iter(kw))}` must handle tensors .* would do nothing'
         with pytest.raises(ValueError, match=match): from_folder(small, num_workers=0, **kw)
 
 @pytest.mark.parametrize('tfm,zero', [

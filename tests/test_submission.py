@@ -98,7 +98,7 @@ def test_ids_may_come_one_by_one(path):
 
 def test_an_empty_folder(path):
     (path/'empty').mkdir()
-    with pytest.raises(FileNotFoundError, match='has no image. Their files are named Id_red.png'):
+    with pytest.raises(FileNotFoundError, match='has no images. Name their files Id_red.png'):
         loaders(path).test_dl(path/'empty')
 
 OLD = ['10580_1610_C1_1','10580_1610_C1_2','3_9_A1_1']
