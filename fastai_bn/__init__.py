@@ -17,7 +17,7 @@ Modules:
 - `fastai_bn.advice`: `learn.memory_plan()`: does the large batch fit on the device, and which arguments make it fit?
 - `fastai_bn.all`: `from fastai_bn.all import *`
 - `fastai_bn.batches`: Join and cut a DataLoader's micro-batches to the batches that BatchNorm sees
-- `fastai_bn.capture`: Read the moments that BatchNorm layers compute anyway, and hold back their updates
+- `fastai_bn.capture`: `capture_moments`: read the moments that BatchNorm layers compute anyway, and hold back their updates
 - `fastai_bn.choice`: Choose which storages to make again instead of moving them, by what will be on the device then
 - `fastai_bn.copies`: Memory budgets, host buffers, and the streams on which copies run beside the computation
 - `fastai_bn.counting`: Run forward and backward passes inside the real pager, on tensors without memory
@@ -28,13 +28,13 @@ Modules:
 - `fastai_bn.fakes`: Run a model of any size on tensors that have shapes and no memory
 - `fastai_bn.forecast`: Each block of operations repeats the one before, so the storage needed last leaves first
 - `fastai_bn.groupnorm`: `bn_to_gn` replaces BatchNorm by GroupNorm in any model; `weight_standardize` goes with it
-- `fastai_bn.hpa`: The Kaggle layout of 4-channel fluorescence images with 28 labels, read into `DataLoaders`
+- `fastai_bn.hpa`: `HPADataLoaders.from_folder`: 4-channel fluorescence images with 28 labels, in Kaggle's layout
 - `fastai_bn.hpafiles`: Find the file of each channel of each image
 - `fastai_bn.keep`: `keep_running_stats`: run passes that leave BN's running statistics alone, as checkpointing needs
 - `fastai_bn.layers`: Its running statistics, its own `forward`, and the errors that name it
 - `fastai_bn.lockstep`: `MicroBatched`: one large batch computed in micro-batches that meet at every BatchNorm layer
 - `fastai_bn.making`: Make dropped storages again by the calls that made them, and check that the bits are the same
-- `fastai_bn.moments`: Count, mean and M2 of the values that BatchNorm layers see: statistics that merge
+- `fastai_bn.moments`: `Moments`: count, mean and M2 of the values that BatchNorm layers see
 - `fastai_bn.mover`: Which storages leave for an operation, and which return ahead of time
 - `fastai_bn.normalize`: `image_normalize`: normalise each image by its own statistics; `ImageNormalize`: in batches
 - `fastai_bn.operations`: Find the storages that an operation uses, writes to and makes
@@ -65,7 +65,7 @@ Modules:
 - `fastai_bn.turns`: Micro-batches that run side by side and wait for each other: `LockStep`
 - `fastai_bn.undo`: Stand in for an object's method, and put the method back whatever happens
 - `fastai_bn.unet`: `gn_unet_learner`: fastai's `unet_learner` with GroupNorm everywhere, or in the decoder alone
-- `fastai_bn.virtual`: Model the time of a window on a graphics card that you do not have: the real pager under a clock
-- `fastai_bn.window`: The micro-batches of one optimizer step, in any PyTorch loop"""
+- `fastai_bn.virtual`: `Card`: model the time of a window on a graphics card that you do not have, with the real pager
+- `fastai_bn.window`: `Window`: the micro-batches of one optimizer step, in any PyTorch loop"""
 
 __version__ = "0.2.0"

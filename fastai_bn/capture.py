@@ -1,4 +1,4 @@
-"""Read the moments that BatchNorm layers compute anyway, and hold back their updates
+"""`capture_moments`: read the moments that BatchNorm layers compute anyway, and hold back their updates
 
 A BatchNorm (BN) layer in training mode computes the mean and variance of its batch anyway. `capture_moments` makes the
 layer leave them in scratch buffers, where you can read and merge them, instead of in its running statistics. Later

@@ -8,6 +8,11 @@ The demo trains a small ResNet five ways, from the same weights and in the same 
 4. the third after `precise_bn()`,
 5. with micro-batches of `bs` and `AccumulateGradBN(n_step, bn_bs='window')`: the first one again.
 
+```sh
+python -m fastai_bn.demo                   # drawn images
+python -m fastai_bn.demo --images FOLDER   # yours, with a folder per class
+```
+
 It prints a table, says what it shows, and draws a picture. It draws its own data unless you have some. `--data` takes a
 folder in the layout of the Human Protein Atlas (see `HPADataLoaders`), `--images` a folder of images with a folder per
 class (and `train` and `valid` above those; without them a fifth of the images validates).

@@ -1,9 +1,13 @@
-"""The Kaggle layout of 4-channel fluorescence images with 28 labels, read into `DataLoaders`
+"""`HPADataLoaders.from_folder`: 4-channel fluorescence images with 28 labels, in Kaggle's layout
 
 Small batches hurt on the data of Kaggle's
 [Human Protein Atlas competition](https://www.kaggle.com/c/human-protein-atlas-image-classification): the images are
 large and have 4 channels, most of the labels are rare, and the exposure differs from image to image. This module reads
 that layout into fastai `DataLoaders`. If you have no data at hand, `make_hpa` draws cells and writes the same layout.
+
+```python
+dls = HPADataLoaders.from_folder(path, size=256, bs=2)   # images [2, 4, 256, 256], targets [2, 28]
+```
 
 ```
 path/train.csv                              Id,Target      Target: the label numbers, separated by blanks

@@ -1,9 +1,14 @@
-"""Count, mean and M2 of the values that BatchNorm layers see: statistics that merge
+"""`Moments`: count, mean and M2 of the values that BatchNorm layers see
 
 Everything in this package rests on one question: *which values did this BatchNorm (BN) layer see?* The answer is three
 numbers per channel, the **moments** of these values: the count, the mean and M2, the sum of squared deviations from the
 mean. The moments of two batches merge exactly into those of both together. So the statistics of 16 micro-batches, or of
 10,000 samples, need no more memory than those of one micro-batch.
+
+```python
+a,b = Moments.of(x[:2]),Moments.of(x[2:])   # batches [B, C, ...], or what a BN layer saw
+a.merge(b)                                  # the same as Moments.of(x), up to rounding
+```
 
 This module needs no fastai `Learner` and works in any PyTorch loop. You rarely need it directly: use `AccumulateGradBN`
 for training and `precise_bn` afterwards. To see what BN layers see, use `capture_moments`.

@@ -5,6 +5,11 @@ normalised every image by itself, and the forum feared for the colours. Both had
 an exposure that differs from image to image, and all information in that exposure. Normalising each channel also
 removes the ratio between channels.
 
+```python
+x = image_normalize(x)                                           # images [B, C, H, W], each channel by itself
+dls = block.dataloaders(path, batch_tfms=ImageNormalize())       # or each batch, on the device
+```
+
 **Use it** if brightness and contrast come from the microscope: exposure, laser, staining, another laboratory. **Do not
 use it** if they are the answer: expression levels, concentrations, counts. `per='image'` is in between: it removes the
 exposure and keeps the colours.

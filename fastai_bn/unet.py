@@ -6,6 +6,11 @@ every skip connection, and you cannot choose another norm: `NormType` has no Gro
 `unet_learner`, and a `scope`. 'all' puts GN everywhere. 'decoder' puts it everywhere but in the encoder, which keeps
 its BN. 'none' leaves no norm outside the encoder.
 
+```python
+learn = gn_unet_learner(dls, resnet34)                                        # GroupNorm everywhere
+learn = gn_unet_learner(dls, resnet34, scope='decoder', pretrained=True)      # the encoder keeps its BN
+```
+
 **Use it** if a step has few images. **Do not use it** for large images that you predict in pieces, before you have read
 what happens to empty tiles. If BN works well with a larger batch and only memory is short, `AccumulateGradBN` with a
 `bn_bs` makes that batch out of small ones.

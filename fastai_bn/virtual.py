@@ -1,10 +1,15 @@
-"""Model the time of a window on a graphics card that you do not have: the real pager under a clock
+"""`Card`: model the time of a window on a graphics card that you do not have, with the real pager
 
 How long does a window take on a T4, or on an A100? `memory_plan(..., card='A100')` runs it on tensors without memory,
 under a clock. An operation takes the least time that its arithmetic needs, or its bytes, whichever is longer (a
 *roofline*, Williams et al., Communications of the ACM 52(4), 2009). Copies take the time of the bus, in parallel with
 the computation. The pager makes the same copies as on the card, and waits for the same ends. Python also takes time for
 each operation, and runs ahead of the device.
+
+```python
+memory_plan(model, xb, loss_func, yb, card='T4').seconds   # a card of the table below
+memory_plan(model, xb, loss_func, yb, card=Card(...))      # or one of yours
+```
 
 Every figure from this module is *modelled*: no card ran the window. The figures are good for comparing budgets, cards,
 and the cost of paging. They are within about 15 % of published training throughput, see below.

@@ -1,4 +1,4 @@
-"""The micro-batches of one optimizer step, in any PyTorch loop
+"""`Window`: the micro-batches of one optimizer step, in any PyTorch loop
 
 A `Window` makes one optimizer step of several micro-batches, with the gradient of the mean loss over all their samples
 and one update of BatchNorm's (BN's) running statistics. It is the engine of `AccumulateGradBN`, and needs no fastai

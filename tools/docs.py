@@ -238,7 +238,7 @@ def call_of(name:str, md:str) -> tuple|None: # Anchor, is it a method of `Learne
 
 def promised(subtitle:str, md:str) -> tuple|None: # Name, and what `call_of` gives
     "Find what a page is about: the first name in its subtitle that has an entry"
-    for name in re.findall(r'`(?:learn\.)?([A-Za-z]\w*)(?:\(\))?`', subtitle):
+    for name in re.findall(r'`(?:learn\.)?([A-Za-z][\w.]*)(?:\(\))?`', subtitle):
         if found := call_of(name, md): return name,*found
 
 def compact(call:str) -> str:
@@ -255,7 +255,7 @@ def first_screen(md:str, module:str) -> str:
     found = m and promised(m[2], md)
     if not found: return md
     name,anchor,is_method,call = found
-    begin = 'from fastai_bn.all import *' if is_method else f'from fastai_bn.{module} import {name}'
+    begin = 'from fastai_bn.all import *' if is_method else f'from fastai_bn.{module} import {name.partition(".")[0]}'
     call = compact(f'learn.{call}' if is_method else call)
     top = f'{m[0]}\n\n```python\n{begin}\n\n{call}\n```\n\n[All arguments](#{anchor})\n{{: .more }}'
     return top + md[m.end():]
