@@ -61,7 +61,7 @@ Modules:
 - `fastai_bn.schedule`: When copies begin: out as soon as nobody needs a storage for long, in as soon as there is room
 - `fastai_bn.storages`: Who is on the device, and how many bytes that is
 - `fastai_bn.submission`: `submission_table`: `Id,Predicted` for a competition; `best_thresholds`: one threshold a label
-- `fastai_bn.threads`: What a thread is set to, and how to set it back for a while
+- `fastai_bn.threads`: The settings of a thread, and how to put them back for a while
 - `fastai_bn.toolarge`: What is said when an operation does not fit into the budget alone
 - `fastai_bn.tracker`: Every operation belongs to a layer, in the backward pass, too
 - `fastai_bn.tries`: A window that does not fit although nothing else is on the device runs once more, in lock step
