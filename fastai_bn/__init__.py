@@ -45,7 +45,7 @@ Modules:
 - `fastai_bn.paging`: `ActivationPager`: any model within a fixed amount of device memory, bit for bit the same
 - `fastai_bn.plan`: `memory_plan`: what a batch takes, and what each remedy would, before anything is allocated
 - `fastai_bn.pooled`: BatchNorm over micro-batches that are never together: three autograd functions and their gradient
-- `fastai_bn.population`: The statistics of a population with fixed weights, which inference should normalise with
+- `fastai_bn.population`: The statistics of a population with fixed weights: inference should normalise with them
 - `fastai_bn.precise`: `precise_bn`: population statistics of the final weights, not an average over changing ones
 - `fastai_bn.processes`: Which processes train together, over which of them BN normalises, and what they add up
 - `fastai_bn.reads`: `print(t)` is no operation: what reads a tensor's memory directly brings the tensor back first

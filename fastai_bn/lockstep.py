@@ -82,8 +82,8 @@ def _check(model:nn.Module):
     "Raise an error if the BN layers of `model` could not meet"
     if torch._C._functorch.maybe_current_level() is not None: raise one_backward()
     if any(isinstance(m, MicroBatched) for m in model.modules()): raise ValueError(
-        "The model is a MicroBatched already, or contains one: one is enough. Leave micro_bs out of AccumulateGradBN, or "
-        "give it the inner model")
+        "The model is a MicroBatched already, or contains one: one is enough. Leave micro_bs out of AccumulateGradBN, "
+        "or give it the inner model")
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))): raise ValueError(
         "The model has lazy layers that do not know their shapes yet. First run a batch of at most micro_bs samples "
         "through it")

@@ -1,7 +1,7 @@
 """The settings of a thread, and how to put them back for a while
 
-A thread has settings: gradients on or off, autocast, modes, hooks for saved tensors, a CUDA stream. In lock step several
-runs of a model share one thread. So a run that waits hands the thread over with the settings that it found.
+A thread has settings: gradients on or off, autocast, modes, hooks for saved tensors, a CUDA stream. In lock step
+several runs of a model share one thread. So a run that waits hands the thread over with the settings that it found.
 
 Read this page to understand or change how micro-batches wait (`fastai_bn.turns`). You do not need it to use lock step.
 
