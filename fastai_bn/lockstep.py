@@ -101,7 +101,7 @@ def _join_predictions(preds:list, sizes:list[int]):
 
 # %% ../nbs/22_lockstep.ipynb #d6deff0c
 def _uncompiled(model:nn.Module):
-    "Run compiled modules uncompiled within, with a warning"
+    "Run compiled modules uncompiled inside the context, with a warning"
     compiled = lambda m: '_orig_mod' in m._modules or getattr(m, '_compiled_call_impl', None)
     if not any(map(compiled, model.modules())): return nullcontext()
     warnings.warn("A compiled model runs uncompiled in lock step", stacklevel=3)

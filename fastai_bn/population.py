@@ -106,7 +106,7 @@ def _tracking(model:nn.Module, frozen:bool) -> dict[str,nn.Module]:
 
 @contextmanager
 def only_training(model:nn.Module, layers:dict[str,nn.Module]):
-    "Set `layers` to training mode and all other modules of `model` to eval mode within"
+    "Set `layers` to training mode and all other modules of `model` to eval mode, inside the context"
     modes = [(m,m.training) for m in model.modules()]
     training = set(layers.values())
     try:
@@ -200,7 +200,7 @@ def _cannot_join(e:CannotJoin) -> ValueError:
 def measure(
     model:nn.Module,         # Any PyTorch model
     batches,                 # Iterable of batches, as for `precise_bn`
-    n:int=10_000,            # Take at least this many samples, or all. The processes share this number
+    n:int=10_000,            # Take at least this many samples over all processes, or all there are
     n_inp:int|None=1,        # Number of inputs in a tuple or list. None: all parts but the last, or the only one
     bn_bs:int|None=None,     # Samples per BN batch. None: take batches as they come
     frozen:bool=False,       # Also measure frozen layers?

@@ -47,7 +47,7 @@ __all__ = ['precise_bn', 'PreciseBN', 'bn_state', 'load_bn_state']
 def precise_bn(
     model:nn.Module,     # Any PyTorch model
     batches,             # Iterable of tensors [B, ...]; of tuples or lists, the model's inputs first; of dicts
-    n:int=10_000,        # Take at least this many samples, or all. The processes share this number
+    n:int=10_000,        # Take at least this many samples over all processes, or all there are
     n_inp:int|None=1,    # Number of inputs in a tuple or list. None: all parts but the last, or the only one
     bn_bs:int|None=None, # Samples per BN batch; `batches` are joined or cut to it. None: take batches as they come
     frozen:bool=False,   # Also update frozen layers: those whose affine parameters all require no gradient?
@@ -172,7 +172,7 @@ def bn_report(self:Learner,
 class PreciseBN(Callback):
     """Compute precise statistics before the validation of every `every`-th epoch and of the last one.
 
-    Skips the epoch in which the fit is stopped early. Costs a forward pass over `n` training samples, and a second
+    Skips an epoch in which the fit is stopped early. Costs a forward pass over `n` training samples, and a second
     validation with `keep_if_better`. A lower score is better if its name has loss, error, mse, mae, msle, perplexity
     or brier in it, else a higher one.
 

@@ -56,7 +56,7 @@ def settings() -> Settings:
 # %% ../nbs/20a_threads.ipynb #091d4322
 @contextmanager
 def set_to(found:Settings):
-    "Give this thread the settings `found` within, without the contexts that were entered since"
+    "Give this thread the settings `found` inside the context, without the contexts that were entered since"
     now = settings()
     if now == found:
         yield

@@ -217,7 +217,7 @@ class LockStep:
 
     @contextmanager
     def patched(self):
-        "Make BN layers that normalise by the batch wait for each other within"
+        "Make BN layers that normalise by the batch wait for each other, inside the context"
         with kept(self.layers.values()):
             for k,m in self.layers.items():
                 m.__dict__['forward'] = self.forward(_Layer(k, m))
