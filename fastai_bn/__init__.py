@@ -42,7 +42,7 @@ Modules:
 - `fastai_bn.picture`: `picture`: what the BN batch does to a training, and what a large one takes under a budget
 - `fastai_bn.plan`: `memory_plan`: how much memory a batch takes, and each remedy, before anything is allocated
 - `fastai_bn.pooled`: BatchNorm over micro-batches that are never together: three autograd functions and their gradient
-- `fastai_bn.population`: The statistics of a population with fixed weights, which inference should normalise with
+- `fastai_bn.population`: The statistics of a population with fixed weights: inference should normalise with them
 - `fastai_bn.precise`: `precise_bn`: population statistics of the final weights, not an average over changing ones
 - `fastai_bn.processes`: Find the processes that train together and those over which BN normalises, and sum over them
 - `fastai_bn.reads`: `print(t)` is not an operation: a direct read of a tensor's memory brings the tensor back first
@@ -58,7 +58,7 @@ Modules:
 - `fastai_bn.schedule`: Start each copy out right after the last use, and each copy in as soon as there is room
 - `fastai_bn.storages`: Which storages are on the device, and how many bytes they take
 - `fastai_bn.submission`: `submission_table`: `Id,Predicted` for a competition; `best_thresholds`: a threshold per label
-- `fastai_bn.threads`: What a thread is set to, and how to set it back for a while
+- `fastai_bn.threads`: The settings of a thread, and how to put them back for a while
 - `fastai_bn.toolarge`: Warn when a single operation does not fit into the budget
 - `fastai_bn.tracker`: Find the layer of every operation, in the forward and the backward pass
 - `fastai_bn.tries`: Undo a window in which one operation is too large for the device, and run it again in lock step

@@ -1,25 +1,25 @@
 """`MicroBatched`: one large batch computed in micro-batches that meet at every BatchNorm layer
 
-Some operations are too large for the device by themselves. A budget (`ActivationPager`) has activations wait in host
-memory, but what one operation reads and writes must be there together: for a U-Net's layers at full resolution that is
-more than plain gradient accumulation takes. `MicroBatched` goes below it. No operation sees more than `micro_bs`
-samples, and still BatchNorm (BN) normalises all of them together:
+Some operations are too large for the device by themselves. Under a budget (`ActivationPager`) activations wait in host
+memory, but everything that one operation reads and writes must be on the device together. A U-Net's layer at full
+resolution can need more than plain gradient accumulation takes. `MicroBatched` needs less: no operation sees more than
+`micro_bs` samples, and still BatchNorm (BN) normalises all samples of the batch together:
 
 ```python
 model = MicroBatched(model, micro_bs=2)
-with ActivationPager('1GiB'):            # optional: a budget for what waits
+with ActivationPager('1GiB'):            # optional: a budget for activations
     loss = loss_func(model(xb), yb)      # xb: the whole batch
     loss.backward()
 ```
 
 The prediction, the loss, the gradients and the running statistics are those of the whole batch, exact to rounding. In a
-`Learner` it is `AccumulateGradBN(n_step=16, bn_bs='window', micro_bs=2, budget='1GiB')`, or `micro_bs='auto'`, which
-finds the largest pieces that fit.
+`Learner`, write `AccumulateGradBN(n_step=16, bn_bs='window', micro_bs=2, budget='1GiB')`. `micro_bs='auto'` finds the
+largest pieces that fit.
 
-**Use it** with a budget, when the pager warns that one operation needs more than all of it; the warning says which
-`micro_bs` would do. **Do without** if the large batch fits, paged or not: you then get the same bits instead of
-agreement to rounding, as fast. Without a budget lock step saves little: all activations wait on the device, as those of
-the large batch do.
+**Use it** with a budget, if the pager warns that one operation needs more than the whole budget. The warning names a
+`micro_bs` that fits. **Do without** if the large batch fits, paged or not: it runs as fast, and gives the same bits
+instead of agreement to rounding. Without a budget lock step saves little memory, because all activations of the large
+batch wait on the device.
 
 Docs: the notebook nbs/22_lockstep.ipynb"""
 
@@ -60,14 +60,14 @@ def run_in_pieces(
     model:nn.Module,
     micro_bs:int,   # Samples per piece; the last one may be smaller
     args:tuple,     # Inputs of the whole batch
-    kwargs:dict,    # More of them, by name
-    n:int|None=None # Samples in the batch. None: as many as its first tensor has rows
-):                  # What `f` returns for the whole batch
+    kwargs:dict,    # More inputs, by name
+    n:int|None=None # Samples in the batch. None: the number of rows of its first tensor
+):                  # The value of `f` for the whole batch
     "Run `f` on a batch in pieces that meet at BN layers"
     if n is None: n = n_samples((*args, *kwargs.values()))
     sizes = [min(micro_bs, n-i) for i in range(0, n, micro_bs)]
     layers = bn_layers(model).values()
-    # Other processes may have more pieces, and have to be met in the same way
+    # Other processes may have more pieces, and expect to meet this one at each BN layer
     if len(sizes) < 2 and not any(map(_meets_others, layers)): return f(*args, **kwargs)
     _check(model)
     parts = cut((*args, kwargs), sizes)
@@ -82,33 +82,33 @@ def _check(model:nn.Module):
     "Raise an error if the BN layers of `model` could not meet"
     if torch._C._functorch.maybe_current_level() is not None: raise one_backward()
     if any(isinstance(m, MicroBatched) for m in model.modules()): raise ValueError(
-        "The model is, or has in it, a MicroBatched already: one is enough (leave micro_bs out of AccumulateGradBN, or "
-        "give it the model within)")
+        "The model is a MicroBatched already, or contains one: one is enough. Leave micro_bs out of AccumulateGradBN, "
+        "or give it the inner model")
     if any(map(is_lazy, (*model.parameters(), *model.buffers()))): raise ValueError(
-        "The model has lazy layers that do not know their shapes yet: run a batch of at most micro_bs samples through "
-        "it first")
+        "The model has lazy layers that do not know their shapes yet. First run a batch of at most micro_bs samples "
+        "through it")
     for k,m in model.named_modules():
         if isinstance(m, torch.jit.ScriptModule) and 'BatchNorm' in m.original_name and m.training: raise ValueError(
-            f"BatchNorm layer '{k}' is scripted (torch.jit), so its micro-batches cannot meet: use the model as it was "
+            f"BatchNorm layer '{k}' is scripted (torch.jit), so its micro-batches cannot meet. Use the model as it was "
             "before scripting")
 
 def _join_predictions(preds:list, sizes:list[int]):
-    "Join predictions of pieces to that of the batch. Raise `ValueError` if they have no row per sample"
+    "Join predictions of pieces to that of the batch. Raises `ValueError` if they do not have a row per sample"
     try: return join_part(preds, sizes, 'the prediction')
     except CannotJoin as e: raise ValueError(
-        f"Predictions of micro-batches cannot be joined: {e}. Each has to be a tensor with a sample per row, or a "
-        "tuple, list or dict of them") from e
+        f"Predictions of micro-batches cannot be joined: {e}. Each must be a tensor with a row per sample, or a "
+        "tuple, list or dict of such tensors") from e
 
 # %% ../nbs/22_lockstep.ipynb #d6deff0c
 def _uncompiled(model:nn.Module):
-    "Within, compiled modules run as they were written, with a warning"
+    "Run compiled modules uncompiled inside the context, with a warning"
     compiled = lambda m: '_orig_mod' in m._modules or getattr(m, '_compiled_call_impl', None)
     if not any(map(compiled, model.modules())): return nullcontext()
     warnings.warn("A compiled model runs uncompiled in lock step", stacklevel=3)
     return torch.compiler.set_stance('force_eager')
 
 def _other_buffers(model:nn.Module) -> list[tuple[str,Tensor]]:
-    "List buffers of other layers than BN"
+    "List the buffers of layers other than BN"
     found = [(k,b) for m in model.modules() if not isinstance(m, _BatchNorm) for k,b in m._buffers.items()]
     return [(k,b) for k,b in found if b is not None and not b.is_inference()]
 
@@ -120,23 +120,23 @@ def _warning_of_buffers(model:nn.Module):
     changed = [k for k,b,v in before if b._version != v]
     if changed: warnings.warn(
         f"The forward pass changes buffers in place (the first is '{changed[0]}'). In lock step each micro-batch "
-        "changes them in turn, not the whole batch once: only BatchNorm's statistics are merged", stacklevel=2)
+        "changes them in turn, not the whole batch once. Only BatchNorm's statistics are merged", stacklevel=2)
 
 # %% ../nbs/22_lockstep.ipynb #1eb3da50
 class MicroBatched(nn.Module):
-    """`model`, which computes each batch in micro-batches of at most `micro_bs` samples, with BN over all of it.
+    """Compute each batch of `model` in micro-batches of at most `micro_bs` samples, with BN over the whole batch.
 
-    The layers and parameters are those of `model`, under the same names. In training mode predictions, gradients and
-    running statistics are those of the whole batch, to rounding (dropout draws other masks). Where no BN layer
-    normalises by the batch, as in eval mode, the micro-batches are independent. After the forward pass, what layers or
-    hooks keep is that of the last micro-batch alone. Gradient: Ioffe & Szegedy, arXiv 1502.03167, section 3.
+    Has the layers and parameters of `model`, under the same names. In training mode predictions, gradients and running
+    statistics are those of the whole batch, to rounding (dropout draws other masks). If no BN layer normalises by the
+    batch, as in eval mode, the micro-batches are independent. After the forward pass, layers and hooks keep the values
+    of the last micro-batch alone. Gradient: Ioffe & Szegedy, arXiv 1502.03167, section 3.
 
     Raises `ValueError` if `micro_bs` is not an integer >= 1.
-    Raises `ValueError` for predictions without a row per sample, one value per channel, lazy, scripted and nested
-    models, and layers that do not normalise with `F.batch_norm`.
+    Raises `ValueError` for predictions without a row per sample, for one value per channel, for lazy, scripted and
+    nested models, and for layers that do not normalise with `F.batch_norm`.
     Raises `RuntimeError` for micro-batches that take different paths, activation checkpointing, double backward,
     forward-mode differentiation and `torch.func` transforms.
-    A model that was compiled runs uncompiled, with a warning."""
+    Warns if the model is compiled, and runs it uncompiled."""
     def __init__(self,
         model:nn.Module, # Any model that takes and returns batches, a sample per row
         micro_bs:int,    # Samples per micro-batch; the last one may be smaller
@@ -144,7 +144,7 @@ class MicroBatched(nn.Module):
         super().__init__()
         if not is_count(micro_bs): raise ValueError(
             f"`micro_bs` must be an integer >= 1, got {micro_bs!r}. It is a number of samples")
-        # Not a child: names would change
+        # As a child, the model would get a prefix in all names
         self.__dict__.update(model=model, micro_bs=int(micro_bs), training=model.training)
         self.__dict__.update({k:getattr(model, k) for k in (
             '_parameters','_buffers','_modules','_non_persistent_buffers_set','_version','_state_dict_hooks',
@@ -159,8 +159,8 @@ class MicroBatched(nn.Module):
         return self
 
     def forward(self,
-        *xb,      # Tensors [B, ...], also within tuples, lists and dicts. What has not B rows goes to each micro-batch
-        **kwargs, # More of them, by name
+        *xb,      # Tensors [B, ...], also in tuples, lists and dicts. Each micro-batch gets all values without B rows
+        **kwargs, # More inputs, by name
     ) -> Tensor|tuple|list|dict: # The whole batch's prediction: tensors [B, ...], also within tuples, lists and dicts
         "Compute the model's prediction in micro-batches"
         return run_in_pieces(self.model, self.model, self.micro_bs, xb, kwargs)

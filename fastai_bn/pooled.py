@@ -1,7 +1,7 @@
 """BatchNorm over micro-batches that are never together: three autograd functions and their gradient
 
-`MicroBatched` normalises a batch that no operation ever sees as a whole. This module has the arithmetic. BatchNorm (BN)
-comes apart into three autograd functions, and PyTorch's own kernels do the work in each:
+`MicroBatched` normalises a batch that no operation ever sees as a whole. This module has the arithmetic. It splits
+BatchNorm (BN) into three autograd functions, and PyTorch's own kernels do the work in each:
 
 1. the moments of a micro-batch: mean and variance per channel;
 2. the merge of all moments, with those of other processes if there are any;
@@ -17,7 +17,7 @@ ys = [call.normalise(i, x, mean, var, weight, bias, eps) for i,x in enumerate(xs
 
 Outputs and gradients are those of `F.batch_norm` on the whole batch, exact to rounding.
 
-**Read on** to see how a gradient finds its way through a batch in pieces. **Do without** in your own code:
+**Read on** to see how a gradient passes through a batch in pieces. **Do without** in your own code:
 `MicroBatched` calls all of this for you.
 
 Docs: the notebook nbs/20_pooled.ipynb"""
@@ -43,20 +43,20 @@ __all__ = []
 
 # %% ../nbs/20_pooled.ipynb #538cf152
 def _affine(x:Tensor, w:Tensor|None, b:Tensor|None, mean:Tensor, var:Tensor, eps:float=0.) -> Tensor:
-    "Compute (x - mean)/sqrt(var + eps)*w + b per channel, by BN's native kernel for inference"
+    "Compute (x - mean)/sqrt(var + eps)*w + b per channel with BN's native kernel for inference"
     if not x.numel(): return x.clone()
     return torch.batch_norm(x, w, b, mean, var, False, 0., eps, torch.backends.cudnn.enabled)
 
 def _layout(x:Tensor) -> torch.memory_format:
-    "Return the memory format that `x` has, or would have after one copy"
+    "Return the memory format of `x`, or the one that a copy of it would have"
     last = {4:torch.channels_last, 5:torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
     return torch.contiguous_format if x.is_contiguous() or not x.is_contiguous(memory_format=last) else last
 
 def _sums(dy:Tensor, x:Tensor, w:Tensor|None, mean:Tensor, var:Tensor, eps:float) -> list[Tensor]:
-    "Sum dy*xhat and dy per channel, by the kernel of BN's backward"
+    "Sum dy*xhat and dy per channel with the kernel of BN's backward"
     if not x.numel(): return [torch.zeros_like(mean)]*2
     if w is None: w = torch.ones_like(mean)
-    # Of one sample in two layouts, PyTorch's CPU kernel takes one for the other
+    # PyTorch's CPU kernel confuses the layouts if `dy` and `x` have one sample in two different layouts
     layout = _layout(x)
     dy,x = [o.contiguous(memory_format=layout) for o in (dy,x)]
     want = [False,True,True]
@@ -64,24 +64,24 @@ def _sums(dy:Tensor, x:Tensor, w:Tensor|None, mean:Tensor, var:Tensor, eps:float
 
 # %% ../nbs/20_pooled.ipynb #48b3b2bb
 def _mean_var(x:Tensor) -> tuple[Tensor,Tensor]:
-    "Compute mean and biased variance per channel, in float32 at least, by BN's native kernel where there is one"
+    "Compute mean and biased variance per channel, in float32 at least, with BN's native kernel if there is one"
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not x.numel(): return tuple(torch.zeros(2, x.shape[1], dtype=dtype, device=x.device))
     if x.device.type not in ('cpu','cuda'):
         m = Moments.of(x)
         return m.mean,m.var(unbiased=False)
-    # The dtype of the result is that of the running statistics, if there are any
+    # Running statistics, if given, set the dtype of the result
     running = (None,None) if dtype == x.dtype else torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)
     return torch.batch_norm_update_stats(x, *running, 0.)
 
 # %% ../nbs/20_pooled.ipynb #a642fad0
 @dataclass(frozen=True, eq=False)
 class BNGradient:
-    "The gradient of BN as an affine map per channel: dx = scale*dy + shift + slope*xhat. All parts have shape [C]"
+    "Hold the gradient of BN as an affine map per channel, dx = scale*dy + shift + slope*xhat, of shape [C] each"
     scale: Tensor  # weight*invstd
     shift: Tensor  # -scale times the mean of dy
     slope: Tensor  # -scale times the mean of dy*xhat
-    mean: Tensor   # Of the layer's input
+    mean: Tensor   # Mean of the layer's input
     invstd: Tensor # 1/sqrt(var + eps) of the layer's input
 
     @cached_property
@@ -97,7 +97,7 @@ class BNGradient:
 
     def dx(self,
         dy:Tensor, # Gradient of the output of a micro-batch, shape [B, C, ...]
-        x:Tensor,  # Its input, in the same shape
+        x:Tensor,  # Input of the micro-batch, in the same shape
     ) -> Tensor:   # Gradient of the input
         "Compute the gradient of a micro-batch's input"
         if x.dtype == self.mean.dtype:
@@ -108,26 +108,26 @@ class BNGradient:
 
 # %% ../nbs/20_pooled.ipynb #a2e606d7
 def one_backward() -> RuntimeError:
-    "Make the error for a derivative that lock step does not have"
+    "Make the error for a derivative that lock step does not support"
     return RuntimeError(
         "Lock step (micro_bs of AccumulateGradBN, MicroBatched) can be differentiated once, backward: no double "
-        "backward (as of a gradient penalty), no forward-mode differentiation and no torch.func transform. Leave "
+        "backward (such as a gradient penalty), no forward-mode differentiation and no torch.func transform. Leave "
         "micro_bs out and use a budget, which supports all of them")
 
 class _OneBackward(Function):
-    "An autograd function of lock step"
+    "Refuse forward-mode differentiation, as each autograd function of lock step does"
     @staticmethod
     def jvp(ctx, *_): raise one_backward()
 
 class _End(_OneBackward):
-    "Pass on the gradients behind the first `n` arguments, which depend on these, and which nobody can differentiate"
+    "Pass on the gradients behind the first `n` arguments, on which they depend. Refuse to differentiate them"
     @staticmethod
     def forward(ctx, n:int, *args): return args[n:]
     @staticmethod
     def backward(ctx, *_): raise one_backward()
 
 def _once(backward):
-    "Let nobody differentiate the result of `backward`"
+    "Make `backward` return gradients that refuse to be differentiated"
     @wraps(backward)
     def run(ctx, *grads):
         with torch.no_grad(): res = backward(ctx, *grads)
@@ -138,32 +138,32 @@ def _once(backward):
 
 # %% ../nbs/20_pooled.ipynb #894f74c6
 def refuse_checkpoint(name:str):
-    "Raise `RuntimeError` within activation checkpointing, for BN layer `name`"
+    "Raise `RuntimeError` if BN layer `name` runs within activation checkpointing"
     f = sys._getframe()
     while f is not None:
         if f.f_code.co_filename == torch.utils.checkpoint.__file__: raise RuntimeError(
             f"Layer '{name}' is inside activation checkpointing, which would run it again in backward for each "
             "micro-batch by itself, with other statistics. Switch checkpointing off and use a budget (ActivationPager, "
-            "or AccumulateGradBN's budget=): it saves more")
+            "or AccumulateGradBN's budget=), which saves more")
         f = f.f_back
 
 # %% ../nbs/20_pooled.ipynb #e53ee2db
 @dataclass(eq=False)
 class PooledBN:
-    "One call of a BN layer in pieces, and what their backward passes leave for each other"
+    "Compute one call of a BN layer in pieces, and keep what their backward passes leave for each other"
     dy: dict[int,Tensor] = field(default_factory=dict) # Gradients of outputs, by micro-batch
-    gradient: BNGradient|None = None                   # Of all, from the merge
+    gradient: BNGradient|None = None                   # Of all micro-batches, from the merge
 
     def moments(self, i:int, x:Tensor) -> tuple[Tensor,Tensor]: # Shape [C] each
-        "Compute mean and biased variance of micro-batch `i`, the input `x` of shape [B, C, ...]"
+        "Compute mean and biased variance of `x`, the input of micro-batch `i` of shape [B, C, ...]"
         return _Moments.apply(x, self, i)
 
     def merge(self,
         counts:list[int],                  # Values per channel of each micro-batch
-        stats:list[tuple[Tensor,Tensor]],  # What `moments` returned for each
+        stats:list[tuple[Tensor,Tensor]],  # Result of `moments` for each
         w:Tensor|None,                     # The layer's weight, in the dtype of the statistics
         eps:float,                         # The layer's epsilon
-        group=None,                        # Process group whose processes all merge; None: this one alone
+        group=None,                        # Process group to merge over; None: this process alone
     ) -> tuple[Tensor,Tensor,Tensor]:      # Mean and biased variance, shape [C], and the number of values, a scalar
         "Merge the moments of all micro-batches"
         w = None if w is None else w.detach()
@@ -171,12 +171,12 @@ class PooledBN:
 
     def normalise(self, i:int, x:Tensor, mean:Tensor, var:Tensor, w:Tensor|None, b:Tensor|None, eps:float) -> Tensor:
         "Normalise micro-batch `i` with the merged moments"
-        # The gradient of `x` comes by way of its moments
+        # The gradient of `x` comes through its moments
         return _Normalise.apply(x.detach(), mean, var, w, b, eps, self, i)
 
 # %% ../nbs/20_pooled.ipynb #dbb39fd0
 class _Moments(_OneBackward):
-    "Mean and biased variance of a micro-batch. Backward: the gradient of `x`, all of it"
+    "Compute mean and biased variance of a micro-batch. Backward: compute the whole gradient of `x`"
     @staticmethod
     def forward(ctx, x:Tensor, call:PooledBN, i:int):
         ctx.save_for_backward(x)
@@ -208,12 +208,12 @@ def _gathered(group, n:Tensor, mean:Tensor, var:Tensor) -> tuple[Tensor,Tensor,T
 
 # %% ../nbs/20_pooled.ipynb #7f8c5d3d
 class _Merge(_OneBackward):
-    "Mean, biased variance and number of all values, from those of micro-batches. Backward: the `BNGradient` of all"
+    "Merge means, biased variances and counts of micro-batches. Backward: make the `BNGradient` of all"
     @staticmethod
     def forward(ctx, call:PooledBN, counts:list[int], w:Tensor|None, eps:float, group, *stats:Tensor):
         dtype,device = stats[0].dtype,stats[0].device
         means,vars = torch.stack(stats[::2]),torch.stack(stats[1::2])
-        # In float64 nothing is lost but in the end. MPS does not have it
+        # In float64 only the last rounding loses digits. MPS has no float64
         if device.type != 'mps': means,vars = means.double(),vars.double()
         n = torch.tensor(counts, dtype=means.dtype).to(device)
         n,mean,var = _pooled(n, means, vars)
@@ -228,7 +228,7 @@ class _Merge(_OneBackward):
     @staticmethod
     @_once
     def backward(ctx, sum_dy, sum_dy_xhat, _):
-        # These are outputs, which know this node: what stays in the call must not
+        # These outputs hold this node. Detach them, because the call must not hold it
         mean,var,w = [o if o is None else o.detach() for o in ctx.saved_tensors]
         sums = torch.stack([sum_dy, sum_dy_xhat])
         if ctx.group is not None: dist.all_reduce(sums, group=ctx.group)
@@ -236,12 +236,12 @@ class _Merge(_OneBackward):
         invstd = (var+ctx.eps).rsqrt()
         scale = invstd if w is None else invstd*w
         ctx.call.gradient = BNGradient(scale, -scale*mean_dy, -scale*mean_dy_xhat, mean, invstd)
-        # Nobody reads the values of these gradients: they have the moments' backward passes wait
+        # Nobody reads the values of these gradients: they only make the moments' backward passes wait
         return None,None,None,None,None,*(mean_dy,mean_dy_xhat)*ctx.k
 
 # %% ../nbs/20_pooled.ipynb #6ef9e6d7
 class _Normalise(_OneBackward):
-    "BN with given moments. Backward: the micro-batch's own sums; `dy` is left for its moments"
+    "Normalise with given moments. Backward: compute the micro-batch's own sums, and leave `dy` for its moments"
     @staticmethod
     def forward(ctx, x:Tensor, mean:Tensor, var:Tensor, w:Tensor|None, b:Tensor|None, eps:float, call:PooledBN, i:int):
         ctx.save_for_backward(x, mean, var, w)

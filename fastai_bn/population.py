@@ -1,10 +1,11 @@
-"""The statistics of a population with fixed weights, which inference should normalise with
+"""The statistics of a population with fixed weights: inference should normalise with them
 
-The running statistics of BatchNorm (BN) are to stand for a **population**: all values that a layer's input has, with
-the weights as they are. `measure` runs a model on many samples, sees what its BN layers see, and pools it exactly, by
-count. It changes nothing. `Population.write` makes the mean and the unbiased variance the running statistics.
+The running statistics of BatchNorm (BN) should describe a **population**: all values of a layer's input, with the
+current weights. `measure` runs a model on many samples, takes the moments of each BN layer's input, and pools them
+exactly, by count. It changes nothing. `Population.write` makes the mean and the unbiased variance the running
+statistics.
 
-This is the machine behind `precise_bn`, in plain PyTorch: use that. You need this module to see what is measured,
+`precise_bn` is built on this module, which is plain PyTorch: use `precise_bn`. Read this page to see what is measured,
 what is put back, and where work stops early.
 
 Docs: the notebook nbs/30_population.ipynb"""
@@ -45,7 +46,7 @@ def copy_all(pairs:Iterable[tuple[Tensor,Tensor]]):
     if pairs: torch._foreach_copy_(*map(list, zip(*pairs)))
 
 def _on_cpu(m:BNMoments) -> BNMoments:
-    "Copy moments to the CPU, to be sent"
+    "Copy moments to the CPU, to send them to other processes"
     if m.whole is None: return m
     whole = Moments(m.whole.count.cpu(), m.whole.mean.cpu(), m.whole.m2.cpu())
     return BNMoments(m.channels, m.counts, whole, within=m.within.cpu())
@@ -53,9 +54,9 @@ def _on_cpu(m:BNMoments) -> BNMoments:
 # %% ../nbs/30_population.ipynb #12dded3b
 @dataclass
 class Population:
-    "What BN layers saw of a population"
-    layers: dict[str,nn.Module]  # Those that were to be measured, by name
-    moments: BNMoments = field(default_factory=BNMoments)  # Of all values together
+    "Hold the moments that BN layers saw of a population"
+    layers: dict[str,nn.Module]  # The layers to measure, by name
+    moments: BNMoments = field(default_factory=BNMoments)  # Moments of all values, by layer
     n_samples: int = 0
     n_batches: int = 0
 
@@ -65,12 +66,12 @@ class Population:
         return self.n_samples/self.n_batches
 
     def add(self, other:Population) -> Population:
-        "Add what the same layers saw of other samples"
+        "Add the moments that the same layers saw of other samples"
         moments = self.moments.merge(other.moments)
         return Population(self.layers, moments, self.n_samples+other.n_samples, self.n_batches+other.n_batches)
 
     def of_all_ranks(self) -> Population:
-        "Add what all other processes of the default group saw"
+        "Add the populations of all other processes of the default group"
         if n_ranks() == 1: return self
         ranks = [None]*n_ranks()
         dist.all_gather_object(ranks, Population({}, _on_cpu(self.moments), self.n_samples, self.n_batches))
@@ -86,39 +87,39 @@ class Population:
         copy_all([*zip(means, self._parts(whole.mean, means)), *zip(variances, self._parts(whole.var(), variances))])
 
     def _parts(self, flat:Tensor, like:tuple[Tensor,...]) -> list[Tensor]:
-        "Take apart what stands side by side, in the order of the layers"
-        # to one dtype and device at once, where all have the same
+        "Split values that stand side by side into a part per layer"
+        # Convert once if all layers share a dtype and a device
         if len({(o.dtype,o.device) for o in like}) == 1: flat = flat.to(like[0])
         parts = dict(zip(self.moments.channels, split_channels(flat, self.moments.channels)))
         return [parts[k] for k in self.moments.counts]
 
 # %% ../nbs/30_population.ipynb #501dc52a
 def _is_frozen(m:nn.Module) -> bool:
-    "Tell whether `m` has affine parameters, none of which requires a gradient"
+    "Tell whether `m` has affine parameters, and none of them requires a gradient"
     ps = list(m.parameters(recurse=False))
     return bool(ps) and not any(p.requires_grad for p in ps)
 
 def _tracking(model:nn.Module, frozen:bool) -> dict[str,nn.Module]:
-    "Find the BN layers whose running statistics are to be measured"
+    "Find the BN layers to measure: those with running statistics"
     layers = {k:m for k,m in bn_layers(model).items() if m.track_running_stats and m.running_mean is not None}
     return layers if frozen else {k:m for k,m in layers.items() if not _is_frozen(m)}
 
 @contextmanager
 def only_training(model:nn.Module, layers:dict[str,nn.Module]):
-    "Within, `layers` are in training mode and all other modules of `model` in eval mode"
+    "Set `layers` to training mode and all other modules of `model` to eval mode, inside the context"
     modes = [(m,m.training) for m in model.modules()]
     training = set(layers.values())
     try:
-        # not m.train(): a subclass may have dropout inside
+        # Not m.train(): a BN subclass may have dropout inside
         for m,_ in modes: m.training = m in training
         yield
     finally: insist(lambda: [setattr(m, 'training', mode) for m,mode in modes])
 
 # %% ../nbs/30_population.ipynb #3751b620
-class _Stop(BaseException): "All BN layers are done. Not an `Exception`, so that no model takes it for one of its own"
+class _Stop(BaseException): "Signal that all BN layers are done. Not an `Exception`, so that no model catches it"
 
 class _EarlyStop(BNCapture):
-    "A capture that stops the forward pass when each layer has been called, if `stop`"
+    "Capture moments. If `stop`, stop the forward pass when each layer has been called"
     def __init__(self, layers:dict[str,nn.Module]):
         super().__init__(layers)
         self.calls,self.stop = {},False
@@ -146,7 +147,7 @@ def _run(model:nn.Module, xb:tuple|Mapping):
     except _Stop: pass
 
 def _see(model:nn.Module, layers:dict[str,nn.Module], pairs:Iterable[tuple], pager, micro_bs:int|None) -> Population:
-    "Run `model` on batches. From the second on only until its last layer, if the first called each layer once"
+    "Run `model` on batches: from the second on only to its last BN layer, if the first called each layer once"
     device = next(iter(layers.values())).running_mean.device
     run = model if micro_bs is None else MicroBatched(model, micro_bs)
     can_stop = micro_bs is None and not _is_compiled(model)
@@ -162,35 +163,35 @@ def _see(model:nn.Module, layers:dict[str,nn.Module], pairs:Iterable[tuple], pag
     return res.of_all_ranks()
 
 # %% ../nbs/30_population.ipynb #3f457223
-class NotFinite(ValueError): "NaN or inf in data or weights"
+class NotFinite(ValueError): "Signal NaN or inf in data or weights"
 
 def _check(batches, n, n_inp, bn_bs):
-    "Raise `ValueError` for arguments that make no sense"
+    "Raise `ValueError` if an argument is not valid"
     for k,v in dict(n=n, n_inp=n_inp, bn_bs=bn_bs).items():
         if v is None and k != 'n': continue
         if not is_count(v): raise ValueError(f"`{k}` must be an integer >= 1, got {v!r}. {_MEANING[k]}")
     if isinstance(batches, Tensor): raise ValueError(
         f"`batches` must be an iterable of batches, got a tensor of shape {list(batches.shape)}. "
-        "Give batches of it, as batches.split(32)")
+        "Give batches of it, such as batches.split(32)")
 
 _MEANING = dict(
     n="It is a number of samples",
-    n_inp="It is the number of the model's inputs in a batch; None is all parts but the last",
-    bn_bs="It is a number of samples; None is the batch as it comes")
+    n_inp="It is the number of the model's inputs in a batch; None means all parts but the last",
+    bn_bs="It is a number of samples; None keeps batches as they come")
 
 def _check_values(p:Population):
-    "Raise `ValueError` if there was no data, and `NotFinite` if a layer saw values that are not finite"
+    "Raise `ValueError` if there was no data. Raise `NotFinite` if a layer saw values that are not finite"
     if not p.n_samples: raise ValueError(
-        "precise_bn got no data: `batches` (`dl` of a Learner's method) gave no batch. Was a generator used up before?")
+        "precise_bn got no data: `batches` (`dl` of a Learner's method) gave no batch. Is a generator already used up?")
     whole = p.moments.whole
     if not p.moments.counts or (whole.mean+whole.m2).isfinite().all(): return
     bad = next(k for k,o in p.moments.items() if not (o.mean+o.m2).isfinite().all())
     raise NotFinite(
-        f"The input of layer '{bad}' has values that are not finite: no running statistics were changed. "
+        f"The input of layer '{bad}' has values that are not finite. No running statistics were changed. "
         "Look for NaN or inf in the data and the weights")
 
 def _cannot_join(e:CannotJoin) -> ValueError:
-    "Say what to do about batches of items that have several sizes"
+    "Make the error for items of several sizes, with its remedy"
     return ValueError(
         f"`bn_bs` must be None where batches cannot be joined to a BN batch: {e}. Give all items one size (Resize, "
         "or padding to a fixed size), or use bn_bs=None")
@@ -198,22 +199,22 @@ def _cannot_join(e:CannotJoin) -> ValueError:
 # %% ../nbs/30_population.ipynb #cabfeaaf
 def measure(
     model:nn.Module,         # Any PyTorch model
-    batches,                 # Iterable of batches, as `precise_bn` takes them
-    n:int=10_000,            # At least this many samples of all processes together, or all that there are
-    n_inp:int|None=1,        # Inputs in a tuple or list. None: all parts but the last, or the only one
-    bn_bs:int|None=None,     # Samples per BN batch. None: as they come
-    frozen:bool=False,       # Measure frozen layers, too?
+    batches,                 # Iterable of batches, as for `precise_bn`
+    n:int=10_000,            # Take at least this many samples over all processes, or all there are
+    n_inp:int|None=1,        # Number of inputs in a tuple or list. None: all parts but the last, or the only one
+    bn_bs:int|None=None,     # Samples per BN batch. None: take batches as they come
+    frozen:bool=False,       # Also measure frozen layers?
     budget=None,             # Device memory for activations, as for `ActivationPager`
     progress:bool=False,     # Show a progress bar?
-    micro_bs:int|None=None,  # Compute BN batches in lock step, in pieces of so many samples?
-) -> Population: # Without layers, and after a warning, if there is nothing to measure
-    "Measure what the BN layers of `model` see of the population, with fixed weights. Nothing is changed"
+    micro_bs:int|None=None,  # Samples per micro-batch in lock step. None: no lock step
+) -> Population: # Has no layers, after a warning, if there is nothing to measure
+    "Measure the moments that the BN layers of `model` see, with fixed weights. Change nothing"
     _check(batches, n, n_inp, bn_bs)
     pager = nullcontext() if budget is None else ActivationPager(budget)
     layers = _tracking(model, frozen)
     if not layers:
         why = "the model has no BatchNorm with running statistics"
-        if not frozen: why += ", or all are frozen (frozen=True includes those)"
+        if not frozen: why += ", or all such layers are frozen (frozen=True includes them)"
         warnings.warn(f"precise_bn found no layer to update: {why}")
         return Population(layers)
     share = math.ceil(n/n_ranks())
@@ -233,22 +234,22 @@ def _running_stats(model:nn.Module) -> dict[str,Tensor]:
 
 def bn_state(
     model:nn.Module, # Any PyTorch model
-) -> dict[str,Tensor]: # By the names that `model.state_dict()` has for them
+) -> dict[str,Tensor]: # By their names in `model.state_dict()`
     "Copy the running statistics of `model`, the part of its state that depends on the data's domain"
     return {k:b.detach().clone() for k,b in _running_stats(model).items()}
 
 @torch.no_grad()
 def load_bn_state(
-    model:nn.Module, # The model, in which they are changed in place
+    model:nn.Module, # The model whose running statistics are changed in place
     state:dict,      # From `bn_state`, of a model with the same BN layers
 ):
     """Make `state` the running statistics of `model`.
 
-    Raises `ValueError` if it is of other layers, and nothing is changed."""
+    Raises `ValueError`, and changes nothing, if `state` does not fit the model's BN layers."""
     own = _running_stats(model)
     is_right = lambda k: k in own and k in state and own[k].shape == state[k].shape
     wrong = [k for k in {**own, **state} if not is_right(k)]
     if wrong: raise ValueError(
         f"The state is of another model's BN layers: '{wrong[0]}' is missing, unknown or of another shape "
-        f"({len(wrong)} such)")
+        f"({len(wrong)} such entries)")
     copy_all((b,state[k]) for k,b in own.items())

@@ -1,14 +1,14 @@
 """`precise_bn`: population statistics of the final weights, not an average over changing ones
 
 At inference BatchNorm (BN) normalises with its running statistics: an exponential moving average (EMA) over the last
-few training batches, each seen by a *different* model. Where weights move fast, where batches are tiny, or where the
-data is not the training set's, that is not what the layer's input looks like. `precise_bn` computes what it looks
-like: the mean and the unbiased variance over many samples, with the weights as they are now (Wu and Johnson,
+few training batches, each seen by a *different* model. This average misses the layer's actual input if weights move
+fast, if batches are tiny, or if the data comes from another domain. `precise_bn` replaces it by the population's mean
+and unbiased variance. It computes them over many samples with the current weights (Wu and Johnson,
 "Rethinking 'Batch' in BatchNorm", [arXiv 2105.07576](https://arxiv.org/abs/2105.07576), section 3).
 
 **Use it** after training with small batches; before you compare or ship models; and with `dl=` on a new domain's
-unlabelled data (AdaBN, Li et al., [arXiv 1603.04779](https://arxiv.org/abs/1603.04779)). **It is no cure** for what
-small batches do to the *training*, and where train-time noise and inference already agree it changes little. Look at
+unlabelled data (AdaBN, Li et al., [arXiv 1603.04779](https://arxiv.org/abs/1603.04779)). **It does not cure** the harm
+that small batches do to the *training*. It changes little where train-time noise and inference already agree. Look at
 the table it returns, and at your validation metric before and after.
 
 Docs: the notebook nbs/32_precise.ipynb"""
@@ -47,21 +47,21 @@ __all__ = ['precise_bn', 'PreciseBN', 'bn_state', 'load_bn_state']
 def precise_bn(
     model:nn.Module,     # Any PyTorch model
     batches,             # Iterable of tensors [B, ...]; of tuples or lists, the model's inputs first; of dicts
-    n:int=10_000,        # At least this many samples, or all. With several processes, of all together
-    n_inp:int|None=1,    # The model's inputs in a tuple or list. None: all parts but the last, or the only one
-    bn_bs:int|None=None, # Samples per BN batch, to which `batches` are joined or cut. None: as they come
-    frozen:bool=False,   # Update layers, too, that have affine parameters none of which requires a gradient?
+    n:int=10_000,        # Take at least this many samples over all processes, or all there are
+    n_inp:int|None=1,    # Number of inputs in a tuple or list. None: all parts but the last, or the only one
+    bn_bs:int|None=None, # Samples per BN batch; `batches` are joined or cut to it. None: take batches as they come
+    frozen:bool=False,   # Also update frozen layers: those whose affine parameters all require no gradient?
     budget=None,         # Device memory for activations, as for `ActivationPager`. None: no limit
     progress:bool=True,  # Show a progress bar?
-) -> pd.DataFrame: # A row per BN layer: how its statistics were off before, and what it saw
+) -> pd.DataFrame: # A row per BN layer: how far off its statistics were before, and what it saw
     """Set the running statistics of BN layers to the population mean and unbiased variance, with fixed weights.
 
-    `running_mean` and `running_var` are written in place, after the last batch. All else is put back, and after an
-    exception these are untouched, too. `model` may be in training or eval mode. Of a dict, it gets the keys that its
-    `forward` takes. Source: arXiv 2105.07576, section 3.
+    Writes `running_mean` and `running_var` in place after the last batch, and puts everything else back. An exception
+    leaves both untouched. `model` may be in training or eval mode. If a batch is a dict, the model gets the keys that
+    its `forward` takes. Source: arXiv 2105.07576, section 3.
 
     Raises `ValueError` if a number is out of range.
-    Raises `ValueError` if `batches` is one tensor, or gives nothing.
+    Raises `ValueError` if `batches` is a tensor, or gives no batch.
     Raises `ValueError` if a BN layer's input is not finite, or has one value per channel.
     Raises `ValueError` if items cannot be joined to `bn_bs`.
     Warns if there is nothing to update; the table has no rows then."""
@@ -73,18 +73,18 @@ def precise_bn(
 # %% ../nbs/32_precise.ipynb #cc93c114
 @patch
 def precise_bn(self:Learner,
-    n:int=10_000,        # At least this many samples, or all there are
+    n:int=10_000,        # Take at least this many samples, or all there are
     dl=None,             # DataLoader to compute from. None: the training set, shuffled, nothing dropped
-    bn_bs:int|None=None, # Samples per BN batch. None: those of the training, up to 128
-    frozen:bool=False,   # Update layers, too, that have affine parameters none of which requires a gradient?
+    bn_bs:int|None=None, # Samples per BN batch. None: as many as in training, up to 128
+    frozen:bool=False,   # Also update frozen layers: those whose affine parameters all require no gradient?
     budget=None,         # Device memory for activations. None: that of `AccumulateGradBN`, or no limit
-) -> pd.DataFrame: # A row per BN layer: how its statistics were off before, and what it saw
-    """Set the running statistics of BN layers to the population's, with the weights as they are.
+) -> pd.DataFrame: # A row per BN layer: how far off its statistics were before, and what it saw
+    """Set the running statistics of BN layers to the population's, with the current weights.
 
-    Shows a progress bar, except within `learn.no_bar()`. Callbacks do not run.
-    The function `precise_bn` tells what is put back, and which errors there are.
+    Shows a progress bar, except within `learn.no_bar()`. Callbacks do not run. The docstring of the function
+    `precise_bn` tells what is put back, and lists further errors.
 
-    Raises `ValueError` if there is no training data, as in an exported learner, and no `dl`."""
+    Raises `ValueError` if there is neither training data (an exported learner has none) nor a `dl`."""
     population = _measure_learner(self, n, dl, bn_bs, frozen, budget, progress=hasattr(self, 'progress'))
     res = table(population)  # of the statistics before
     population.write()
@@ -92,7 +92,7 @@ def precise_bn(self:Learner,
 
 # %% ../nbs/32_precise.ipynb #2a70a355
 def _is_empty(dl) -> bool:
-    "Tell whether it is known that `dl` has no batch"
+    "Tell whether `dl` is known to have no batch"
     try: return len(dl) == 0
     except TypeError: return False
 
@@ -100,8 +100,8 @@ def _data(learn:Learner, dl):
     "Get this process's share of `dl`, or of the training set"
     if dl is not None: return every_item(dl)
     if _is_empty(learn.dls.train): raise ValueError(
-        "The learner has no training data to compute statistics of: export and load_learner leave it out. Give data, "
-        "as dl=learn.dls.test_dl(items)")
+        "The learner has no training data to compute statistics from: export and load_learner leave it out. Give data, "
+        "such as dl=learn.dls.test_dl(items)")
     return every_item(learn.dls.train, shuffle=True)
 
 # %% ../nbs/32_precise.ipynb #65b70ada
@@ -115,7 +115,7 @@ def _sync_ranks(model:nn.Module) -> int:
     return max((dist.get_world_size(g) for g in groups if g is not None), default=1)
 
 def _bn_bs(learn:Learner, cb:AccumulateGradBN|None) -> int|None:
-    "Get the samples per BN batch of the training; None: as the DataLoader gives them"
+    "Get the training's samples per BN batch; None if batches come as the DataLoader gives them"
     ranks = _sync_ranks(learn.model)
     if cb is not None and cb.bn_bs is not None:
         size = cb.bn_batch_size()
@@ -124,7 +124,7 @@ def _bn_bs(learn:Learner, cb:AccumulateGradBN|None) -> int|None:
     return max(bs, min(bs*ranks, 32)) if ranks > 1 and bs else None
 
 def _as_in_training(learn:Learner, bn_bs:int|None, budget) -> dict:
-    "Choose BN batch, budget and `micro_bs`. What is not given is that of the training"
+    "Choose BN batch, budget and `micro_bs`. Take from the training what is not given"
     cb = _callback(learn, AccumulateGradBN)
     if bn_bs is None:
         if budget is None and cb is not None and cb.bn_bs is not None: budget = cb.pager and cb.pager.budget
@@ -153,13 +153,13 @@ def _measure_learner(
 # %% ../nbs/32_precise.ipynb #e51feb74
 @patch
 def bn_report(self:Learner,
-    n:int=1_000,    # At least this many samples, or all there are
+    n:int=1_000,    # Take at least this many samples, or all there are
     dl=None,        # DataLoader to compute from. None: as for `Learner.precise_bn`
     plot:bool=True, # Draw the picture?
-) -> pd.DataFrame:  # The table that `Learner.precise_bn` would give. `table.attrs['advice']`: what is printed
-    """Show how far off the running statistics are, and how noisy the BN batches: table, picture and advice.
+) -> pd.DataFrame:  # The table that `Learner.precise_bn` would return. Its `attrs['advice']` has the printed lines
+    """Show how far off the running statistics are, and how noisy the BN batches are: table, picture and advice.
 
-    Nothing is changed. Of several processes the first shows them. Raises what `Learner.precise_bn` raises."""
+    Changes nothing. With several processes only rank 0 prints and draws. Raises the errors of `Learner.precise_bn`."""
     population = _measure_learner(self, n, dl, frozen=True, progress=hasattr(self, 'progress'))
     res = table(population)
     res.attrs['advice'] = advice(res, population.bn_bs) if population.layers else []
@@ -172,17 +172,18 @@ def bn_report(self:Learner,
 class PreciseBN(Callback):
     """Compute precise statistics before the validation of every `every`-th epoch and of the last one.
 
-    Not of an epoch in which the fit is stopped early. Costs a forward pass over `n` training samples, and with
-    `keep_if_better` a second validation. Lower scores are better of losses, errors, mse, mae, perplexity and Brier.
+    Skips an epoch in which the fit is stopped early. Costs a forward pass over `n` training samples, and a second
+    validation with `keep_if_better`. A lower score is better if its name has loss, error, mse, mae, msle, perplexity
+    or brier in it, else a higher one.
 
-    Raises `ValueError` if a number is below 1, or if the recorder does not have `keep_if_better`.
-    Errors of `precise_bn` stop the fit, but for values that are not finite: these are a warning."""
+    Raises `ValueError` if `n` or `every` is below 1, or if the recorder does not have `keep_if_better`.
+    Raises the errors of `precise_bn`, except that values that are not finite give a warning."""
     # `AccumulateGradBN` makes its last step in `after_train`, too. `learn.precise_bn` is the method
     order,name = Recorder.order+1,'precise_bn_cb'
     def __init__(self,
-        n:int=10_000, # At least this many samples of the training set, or all there are
-        every:int=1,  # Epochs
-        keep_if_better:str|None=None, # 'valid_loss' or a metric: keep the moving averages where they score better
+        n:int=10_000, # Take at least this many samples of the training set, or all there are
+        every:int=1,  # Number of epochs from one computation to the next
+        keep_if_better:str|None=None, # 'valid_loss' or a metric: keep the moving averages if they score better
     ):
         for k,v in dict(n=n, every=every).items():
             if not is_count(v): raise ValueError(f"`{k}` must be an integer >= 1, got {v!r}. {_COUNTS[k]}")
@@ -196,7 +197,7 @@ class PreciseBN(Callback):
             f"`keep_if_better` must be one of {', '.join(names)}, got {self.keep_if_better!r}")
 
     def after_train(self):
-        "Have the epoch's own validation, and no other, come with precise statistics"
+        "Run the epoch's own validation, and no other, with precise statistics"
         is_due = (self.epoch+1) % self.every == 0 or self.epoch+1 == self.n_epoch
         if not is_due or _callback(self.learn, LRFinder) is not None: return
         stand = Instead(self.learn._do_epoch_validate, partial(_validate, self, self.learn))
@@ -206,9 +207,9 @@ _COUNTS = dict(n="It is a number of samples", every="It is a number of epochs")
 
 # %% ../nbs/32_precise.ipynb #99928a3d
 def _validate(cb:PreciseBN, learn:Learner, do, *args, **kwargs):
-    "Run `Learner._do_epoch_validate`, once with precise statistics"
+    "Run `Learner._do_epoch_validate` once with precise statistics"
     take_away(learn, '_do_epoch_validate')
-    # somebody else's call, not the epoch's own
+    # Somebody else calls it, not the epoch
     if args or kwargs or cb.learn is not learn: return do(*args, **kwargs)
     try: population = _measure_learner(learn, cb.n)
     except NotFinite as e:
@@ -220,7 +221,7 @@ def _validate(cb:PreciseBN, learn:Learner, do, *args, **kwargs):
     validation.run(do)
 
 def _weights(model:nn.Module) -> list[tuple]:
-    "Tell the weights of `model` now from those that it may get in place"
+    "Return an address and a version per weight of `model`: they differ after a change in place"
     return [(p.data_ptr(), p._version) for p in model.parameters()]
 
 # %% ../nbs/32_precise.ipynb #e65dd134
@@ -228,30 +229,30 @@ class _PreciseValidation:
     "The validation of an epoch with precise statistics"
     def __init__(self, cb:PreciseBN, learn:Learner):
         self.cb,self.learn,self.model = cb,learn,get_model(learn.model)
-        # models that get precise statistics, and those that they had
+        # Models that get precise statistics, with the statistics they had before
         self.before = [(self.model,bn_state(self.model))]
 
     def run(self, do):
-        "Validate by `do`. The learner's model has precise statistics already"
+        "Validate by `do`. The learner's model must have precise statistics already"
         self.weights,state = _weights(self.model),bn_state(self.model)
         try:
             with instead(self.learn, 'all_batches', self._all_batches): do()
-        # statistics of other weights do not stay
+        # Statistics of other weights must not stay
         finally: insist(load_bn_state, self.model, state)
 
     def _all_batches(self, do):
-        "Run `Learner.all_batches`, after a model or weights that callbacks have brought in were measured"
+        "Run `Learner.all_batches`. Measure before it a model or weights that callbacks have brought in"
         model = get_model(self.learn.model)
         if model is self.model and _weights(model) == self.weights: return do()
         if model is not self.model: self.before.append((model,bn_state(model)))
         try: _measure_learner(self.learn, self.cb.n).write()
         except NotFinite as e:
             warnings.warn(f"PreciseBN, epoch {self.learn.epoch}, the model that is validated: {e}")
-        # fastai has put into eval mode what was the model before
+        # fastai has put the former model into eval mode, not this one
         with only_training(model, {}): do()
 
     def run_twice(self, population:Population, do):
-        "Validate with the statistics that there are and with precise ones, and keep the better ones"
+        "Validate with the present statistics and with precise ones, and keep the better ones"
         rec,is_better = self.learn.recorder,False
         log = rec.log.copy()
         do()
@@ -264,7 +265,7 @@ class _PreciseValidation:
             if not is_better: insist(self._put_back, old_log)
 
     def _put_back(self, log:list):
-        "Give models the statistics that they had, and the recorder the score of these"
+        "Give models their earlier statistics, and the recorder the log of those"
         for model,state in self.before: load_bn_state(model, state)
         self.learn.recorder.log = log
 
@@ -277,11 +278,11 @@ def _better(name:str, a:float, b:float) -> bool:
     return a < b if any(o in name for o in _LOWER) else a > b
 
 def _is_better(learn:Learner, name:str, old_log:list, new_log:list) -> bool:
-    "Tell whether the score `name` in the new log is better, or there is none. Print both if not"
+    "Tell whether the score `name` is better in the new log, or missing. Print both scores if not"
     i = learn.recorder.metric_names.index(name)
     if i >= min(len(old_log), len(new_log)) or None in (old_log[i], new_log[i]): return True
     if _better(name, new_log[i], old_log[i]): return True
     if learn.logger is not noop:
         print(f"PreciseBN, epoch {learn.epoch}: {name} {new_log[i]:.4f} with precise statistics, {old_log[i]:.4f} with "
-              "the moving averages, which are kept")
+              "the moving averages. The moving averages are kept")
     return False

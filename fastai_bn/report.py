@@ -1,11 +1,11 @@
 """How far off running statistics are, how noisy BatchNorm's batches are, and what to do about it
 
-Two things can be wrong with BatchNorm (BN), and they want different cures. The running statistics are not those of
-the data: measure them anew. Or the BN batch is so small that its own statistics are noise: have BN see more samples.
-`table` tells them apart, layer by layer, `advice` says what to do, and `picture` draws both.
+BatchNorm (BN) can have two faults, and they need different cures. If the running statistics do not describe the data,
+measure them again. If the BN batch is so small that its own statistics are noisy, let BN see more samples. `table`
+tells the two faults apart, layer by layer; `advice` says what to do; and `picture` draws both.
 
-`learn.bn_report()` does all of this for a `Learner`: use that. Here are the numbers behind it, and their thresholds.
-All are functions of a `Population` that was measured, and change nothing.
+`learn.bn_report()` does all of this for a `Learner`: use that. This page has the numbers behind it, and their
+thresholds. All functions take a `Population` that `measure` returned, and change nothing.
 
 Docs: the notebook nbs/31_report.ipynb"""
 
@@ -32,14 +32,14 @@ __all__ = []
 # %% ../nbs/31_report.ipynb #74a6028e
 @dataclass
 class Drift:
-    "How far off running statistics are, by channels of all layers side by side"
-    sizes: dict[str,int]   # Channels by layer, of those that saw anything
-    shift: np.ndarray      # Of the mean, in standard deviations of the population
+    "Hold how far off running statistics are, with the channels of all layers side by side"
+    sizes: dict[str,int]   # Number of channels by layer, for layers that saw values
+    shift: np.ndarray      # Running minus population mean, in standard deviations of the population
     log_ratio: np.ndarray  # Logarithm of running over population variance
-    between: np.ndarray    # Share of the variance that is between BN batches
+    between: np.ndarray    # Share of the variance between BN batches
 
     def split(self, values:np.ndarray) -> list[np.ndarray]:
-        "Take apart, a piece per layer"
+        "Split values into a part per layer"
         return np.split(values, np.cumsum(list(self.sizes.values()))[:-1])
 
     def mean(self, values:np.ndarray) -> np.ndarray:
@@ -48,14 +48,14 @@ class Drift:
         return np.add.reduceat(values, np.cumsum([0, *sizes[:-1]]))/sizes
 
 def _side_by_side(ts:list[Tensor]) -> np.ndarray:
-    "Put tensors one behind the other, in float64 on the CPU"
+    "Concatenate tensors, in float64 on the CPU"
     return torch.cat([t.detach().to(ts[0].device) for t in ts]).cpu().double().numpy()
 
 # %% ../nbs/31_report.ipynb #f68056cc
 def drift(
-    population:Population, # At least one of its layers saw something
+    population:Population, # At least one of its layers must have seen values
 ) -> Drift:
-    "Compare running statistics with those of the population, and tell how much of the variance is between BN batches"
+    "Compare running statistics with the population's, and compute the share of the variance between BN batches"
     moments,layers = population.moments,population.layers
     names = [k for k in layers if k in moments.counts]
     def seen(flat:Tensor) -> np.ndarray:
@@ -74,7 +74,7 @@ def drift(
 _COLUMNS = ['layer','channels','samples','values','mean_shift','var_ratio','worst_channel','batch_noise']
 
 def _rows(population:Population) -> dict[str,tuple]:
-    "Make rows of the layers that saw something"
+    "Make rows for the layers that saw values"
     d,n = drift(population),population.n_samples
     noise = np.sqrt(d.mean(d.between)) if population.n_batches > 1 else np.full(len(d.sizes), math.nan)
     worst = [int(o.argmax()) for o in d.split(np.maximum(abs(d.shift), abs(d.log_ratio)))]
@@ -84,8 +84,8 @@ def _rows(population:Population) -> dict[str,tuple]:
     return {count[0]:(*count, *values) for count,*values in columns}
 
 def table(
-    population:Population, # As it was measured, and the running statistics not yet written
-) -> pd.DataFrame:         # The columns of `Learner.precise_bn`
+    population:Population, # From `measure`, before `Population.write` has changed the running statistics
+) -> pd.DataFrame:         # Has the columns of `Learner.precise_bn`
     "Make a row per layer"
     rows = {k:(k, m.num_features, 0, 0, math.nan, math.nan, -1, math.nan) for k,m in population.layers.items()}
     if population.moments.counts: rows.update(_rows(population))
@@ -95,12 +95,12 @@ def table(
 _OFF,_NOISE = .1,.25
 
 def _noise_advice(t:pd.DataFrame, bn_bs:float) -> list[str]:
-    "Say what to do about noisy BN batches"
+    "Advise on noisy BN batches"
     w = t.loc[t.batch_noise.idxmax()]
     if not w.batch_noise > _NOISE: return []
-    many = t[t['values'] >= 16*t.samples]  # behind pooling all variance is between images
+    many = t[t['values'] >= 16*t.samples]  # after pooling all variance is between images
     share = bn_bs*many.batch_noise.max()**2 if len(many) else 0
-    if share > 2: return ["Samples of a batch resemble each other, so that batches differ. Do: shuffle the data"]
+    if share > 2: return ["Samples of a batch resemble each other, and batches differ. Do: shuffle the data"]
     need = 2**math.ceil(math.log2(bn_bs*(w.batch_noise/_NOISE)**2))
     or_group = f", or GroupNorm: {share:.0%} of a layer's variance is between images" if share > .5 else ""
     return [f"BN batches of {bn_bs:.0f} are small: in '{w.layer}' their means miss the population's by "
@@ -108,7 +108,7 @@ def _noise_advice(t:pd.DataFrame, bn_bs:float) -> list[str]:
 
 # %% ../nbs/31_report.ipynb #88ad117a
 def _drift_advice(t:pd.DataFrame) -> list[str]:
-    "Say what to do about running statistics that are off"
+    "Advise on running statistics that are off"
     off = t.mean_shift.combine(t.var_ratio.map(lambda v: abs(v-1)), max)
     off = off.where(t.mean_shift.notna() & t.var_ratio.notna(), math.inf)
     n = (off > _OFF).sum()
@@ -119,20 +119,20 @@ def _drift_advice(t:pd.DataFrame) -> list[str]:
             f"{w.worst_channel}. Do: learn.precise_bn()"]
 
 def advice(
-    rows:pd.DataFrame, # Of `table`
+    rows:pd.DataFrame, # From `table`
     bn_bs:float,       # Samples per BN batch
 ) -> list[str]:
-    "Say what to do about the layers of a table"
+    "Advise on the layers of a table, a line per fault"
     t = rows[rows.samples > 0]
     if not len(t): return ["No BN layer was called: is this the model's data?"]
     res = _drift_advice(t)
-    if t.batch_noise.isna().all(): return [*res, "There was one BN batch only: its noise cannot be told"]
+    if t.batch_noise.isna().all(): return [*res, "There was only one BN batch, so its noise is unknown"]
     res += _noise_advice(t, bn_bs)
-    return res or ["The running statistics are those of the data, and BN batches are large enough. Do: nothing"]
+    return res or ["The running statistics fit the data, and BN batches are large enough. Do: nothing"]
 
 # %% ../nbs/31_report.ipynb #dbd8f8cf
 def _bars(ax, layers:list[str], values:list[float], worst:list[float], title:str, good:float):
-    "Draw per layer a value, and that of its worst channel"
+    "Draw a value per layer, and the value of its worst channel"
     y = range(len(layers))
     ax.barh(y, [v-good for v in values], left=good, color='C0')
     ax.plot(worst, y, 'C3|', ms=8)

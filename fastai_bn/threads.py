@@ -1,9 +1,9 @@
-"""What a thread is set to, and how to set it back for a while
+"""The settings of a thread, and how to put them back for a while
 
-Gradients on or off, autocast, modes, hooks for saved tensors, a CUDA stream: these are settings of a thread. In lock
-step several runs of a model share one thread, so a run that waits hands it over as it found it.
+A thread has settings: gradients on or off, autocast, modes, hooks for saved tensors, a CUDA stream. In lock step
+several runs of a model share one thread. So a run that waits hands the thread over with the settings that it found.
 
-You need this page to understand or to change how micro-batches wait (`fastai_bn.turns`). To use lock step you do not.
+Read this page to understand or change how micro-batches wait (`fastai_bn.turns`). You do not need it to use lock step.
 
 Docs: the notebook nbs/20a_threads.ipynb"""
 
@@ -25,8 +25,8 @@ __all__ = []
 
 # %% ../nbs/20a_threads.ipynb #54bf2cf5
 class _Stack(NamedTuple):
-    "A stack that each thread has"
-    look: Callable # Returns what is on it
+    "Hold the functions of a stack that each thread has"
+    look: Callable # Returns its contents
     push: Callable
     pop: Callable
 
@@ -37,17 +37,17 @@ _SAVED = _Stack(partial(_autograd._top_saved_tensors_default_hooks, True),
                 _autograd._push_saved_tensors_default_hooks, _autograd._pop_saved_tensors_default_hooks)
 
 class Settings(NamedTuple):
-    "What a thread is set to"
+    "Hold the settings of a thread"
     grad: bool
     inference: bool
     cache: bool                              # Does autocast cache weights?
-    casts: dict[str,tuple[torch.dtype,bool]] # To what autocast casts on a kind of device, and whether it does
+    casts: dict[str,tuple[torch.dtype,bool]] # By kind of device: autocast's dtype, and whether it is on
     modes: list[list]                        # By stack, the outermost first
     saved: tuple|None                        # The innermost hooks for saved tensors
     stream: torch.cuda.Stream|None           # None: CUDA is not in use
 
 def settings() -> Settings:
-    "Return what this thread is set to"
+    "Return the settings of this thread"
     casts = {d:(torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in ('cpu','cuda')}
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
     return Settings(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_cache_enabled(),
@@ -56,7 +56,7 @@ def settings() -> Settings:
 # %% ../nbs/20a_threads.ipynb #091d4322
 @contextmanager
 def set_to(found:Settings):
-    "Within, this thread is set to what it was `found` to be, before contexts that were entered since"
+    "Give this thread the settings `found` inside the context, without the contexts that were entered since"
     now = settings()
     if now == found:
         yield
@@ -84,11 +84,11 @@ def _depth() -> int:
     return n-1
 
 class ThreadNow:
-    "What this thread is set to now"
+    "Keep the present settings of this thread"
     def __init__(self): self.found,self.depth = settings(),_depth()
 
     def put_back(self):
-        "Set it to that again: contexts that were entered since and never left are forgotten"
+        "Restore the settings. Forget contexts that were entered since and never left"
         found = self.found
         torch.set_grad_enabled(found.grad)
         for d,(dtype,is_on) in found.casts.items():

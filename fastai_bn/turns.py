@@ -1,14 +1,15 @@
 """Micro-batches that run side by side and wait for each other: `LockStep`
 
-`MicroBatched` runs the unchanged model once for each micro-batch, and at every BatchNorm (BN) layer all runs meet: each
-leaves its moments there, and waits until those of all are known. This module lets them wait.
+`MicroBatched` runs the unchanged model once for each micro-batch. At every BatchNorm (BN) layer all runs meet: each run
+leaves its moments there, and waits until the moments of all runs are known. This module makes the runs wait.
 
 ```python
 preds = LockStep(model).run(model, [(x,) for x in xb.split(2)])  # as one batch, for BN
 ```
 
-A run that waits in mid-function is a coroutine, but a model is not written as one. greenlet lets any Python function
-wait: it switches stacks within one thread. What a run must not see of the others is put aside while they run.
+A function that waits in the middle is a coroutine, but models are not written as coroutines. greenlet lets any Python
+function wait: it switches stacks within one thread. While a run waits, this module puts its state aside, so no run sees
+the state of another.
 
 **Read on** if your model does something unusual between its layers. **Do without** in your own code: `MicroBatched`
 calls all of this for you.
@@ -44,22 +45,22 @@ from .undo import insist
 __all__ = []
 
 # %% ../nbs/21_turns.ipynb #fb9b0c0d
-_OF_MODULES = set(vars(nn.Module()))  # what every module has
-_MOST = 1000                          # items of a container; larger ones are data
+_OF_MODULES = set(vars(nn.Module()))  # attributes of every module
+_MOST = 1000                          # items of a container; larger containers are data
 _KEEP_NOTHING = nn.Module,Tensor,ModuleType,FunctionType,MethodType,partial
 
 def _owner(hook):
-    "Return the object that `hook` is, or whose method it is"
+    "Return the object whose method `hook` is, or `hook` itself"
     while isinstance(hook, partial): hook = hook.func
     return getattr(hook, '__self__', hook)
 
 def _keepers(m:nn.Module) -> list:
-    "List what a module keeps something in: the owners of its hooks, the values of its own attributes"
+    "List the objects in which a module may keep state: the owners of its hooks, the values of its own attributes"
     hooks = *m._forward_pre_hooks.values(),*m._forward_hooks.values()
     return [*map(_owner, hooks), *[v for k,v in vars(m).items() if k not in _OF_MODULES]]
 
 def _attrs(o) -> list[dict]:
-    "List the attributes of an object that may keep something, other than modules"
+    "List the attributes of an object other than a module that may keep state"
     d = getattr(o, '__dict__', None)
     return [d] if type(d) is dict and not isinstance(o, _KEEP_NOTHING) else []
 
@@ -79,7 +80,7 @@ def _refill(c, values):
     else: c.update(values)
 
 class PerBatchState:
-    "What forward passes of `model` keep in Python objects, and in `others`, for each of `n` micro-batches by itself"
+    "Keep apart what forward passes on `n` micro-batches leave in the Python objects of `model` and in `others`"
     def __init__(self, model:nn.Module, n:int, others=()):
         self.modules = list(model.modules())
         values = [*others, *[v for m in self.modules for v in _keepers(m)]]
@@ -91,7 +92,7 @@ class PerBatchState:
         self.now = None # The micro-batch that runs
 
     def switch(self, i:int):
-        "From now on micro-batch `i` runs"
+        "Show the state of micro-batch `i`, which runs from now on"
         if self.attrs is None: return  # closed
         if self.now is not None: self.contents[self.now] = [copy(c) for c in self.shared]
         self.now = i
@@ -99,33 +100,33 @@ class PerBatchState:
         for c,values in zip(self.shared, self.contents[i]): _refill(c, values)
 
     def put_back(self):
-        "Have everything be what it was at the beginning. For what no micro-batch ran in by itself"
+        "Put back the state of the beginning. Valid only if `switch` was never called"
         for m,d in zip(self.modules, self.attrs[0]): _refill(vars(m), d)
         for c,values in zip(self.shared, self.contents[0]): _refill(c, values)
 
     def close(self):
-        "Put everything in its own place again, as the one that runs now left it"
+        "Put all attributes back in their own dicts, with the values that the present micro-batch left"
         for m,d in zip(self.modules, self.own):
             new = vars(m)
             if new is d: continue
             _refill(d, new)
             object.__setattr__(m, '__dict__', d)
-        # The `forward` that layers have until now knows of us: a circle, and with it activations, would stay
+        # The present `forward` of the layers refers to this object: the circle would keep activations alive
         self.attrs = self.contents = None
 
 # %% ../nbs/21_turns.ipynb #f905b390
 class _Turns:
-    "Runs of `f`, one for each of `parts`, in turn from one place where all wait to the next"
+    "Run `f` on each of `parts`, in turn from one place where all wait to the next"
     def __init__(self, f, parts:list[tuple], state:PerBatchState):
         self.parts,self.state = parts,state
         self.hub,self.settings = getcurrent(),settings()
         self.tasks = [greenlet(f) for _ in parts]
         for t in self.tasks: t.gr_context = copy_context()
-        self.at = [None]*len(parts) # The place where each waits; in the end what `f` returned
+        self.at = [None]*len(parts) # The place where each run waits; in the end the value of `f`
         self.order = range(len(parts))
 
     def go_round(self) -> bool:
-        "Let each go on, to where it waits next or to its end. Tell whether they wait"
+        "Let each run go on, to its next place or to its end. Tell whether any run waits"
         for i in self.order:
             self.state.switch(i)
             task = self.tasks[i]
@@ -137,8 +138,8 @@ class _Turns:
         return waiting
 
     def check(self):
-        "Raise `RuntimeError` unless all wait in the same place"
-        where = [f"waits at layer '{o}'" if t else 'has come to its end' for t,o in zip(self.tasks, self.at)]
+        "Raise `RuntimeError` unless all runs wait in the same place"
+        where = [f"waits at layer '{o}'" if t else 'has ended' for t,o in zip(self.tasks, self.at)]
         other = next((i for i,o in enumerate(where) if o != where[0]), None)
         if other is not None: raise RuntimeError(
             "The model takes different paths for different micro-batches, so they cannot meet at its BatchNorm layers: "
@@ -146,11 +147,11 @@ class _Turns:
             "samples (and of chance), or use a budget without micro_bs")
 
     def wait(self, place:str):
-        "Let the others come to `place`. A run calls this"
+        "Wait at `place` until all other runs have come there. Called by a run"
         with set_to(self.settings): self.hub.switch(place)
 
     def leave(self, last:int|None):
-        "End those that wait; what the `last` one left in objects stays"
+        "End the runs that wait. Keep the state of the `last` micro-batch in the objects"
         for i in [i for i,t in enumerate(self.tasks) if t]:
             self.state.switch(i)
             with suppress(Exception): self.tasks[i].throw()
@@ -159,7 +160,7 @@ class _Turns:
 
 # %% ../nbs/21_turns.ipynb #157c62e4
 class _Layer:
-    "BN layer `m` as it was before lock step"
+    "Keep BN layer `m` as it was before lock step"
     def __init__(self, name:str, m:nn.Module):
         self.name,self.m = name,m
         self.forward,self.outer = undiverted(m),diverted(m)
@@ -168,21 +169,21 @@ class _Layer:
     def __str__(self): return f"Layer '{self.name}' ({type(self.m).__name__})"
 
     def buffers_for(self, n:int) -> tuple[tuple,float|None]:
-        "Return the buffers and the momentum that an update with `n` values is for: of a capture, or the layer's own"
+        "Return buffers and momentum for an update with `n` values: those of a capture, or the layer's own"
         taker = None if self.outer is None else self.outer.taker(self.outer.name)
         if taker is None: return self.buffers,self.m.momentum
         return taker.buffers_for(self.outer.name, self.buffers, self.m.momentum, n)
 
 # %% ../nbs/21_turns.ipynb #2625672d
 class _Meeting:
-    "A call of a BN layer, in which all `n` micro-batches meet"
+    "Merge and normalise in a call of a BN layer, in which all `n` micro-batches meet"
     def __init__(self, n:int):
-        self.given = [None]*n # By micro-batch: values per channel; mean and variance
-        self.stats = None     # Mean and variance of all
+        self.given = [None]*n # By micro-batch: the number of values per channel, and (mean, variance)
+        self.stats = None     # Mean and variance of all micro-batches
         self.call = PooledBN()
 
     def merged(self, layer:_Layer, x:Tensor, w:Tensor|None, eps:float) -> tuple[Tensor,Tensor]:
-        "Return mean and biased variance of all. The first who asks computes them, and updates the running statistics"
+        "Return mean and biased variance of all. The first call computes them, and updates the running statistics"
         if self.stats is not None: return self.stats
         counts,stats = zip(*self.given)
         group = layer.group if layer.m.training else None
@@ -194,18 +195,18 @@ class _Meeting:
         return self.stats
 
     def normalised(self, i:int, layer:_Layer, x:Tensor, weight:Tensor|None, bias:Tensor|None, eps:float) -> Tensor:
-        "Normalise micro-batch `i` with the statistics of all"
+        "Normalise micro-batch `i` with the statistics of all micro-batches"
         mean,_ = self.given[i][1]
         w,b = [o if o is None else o.to(mean.dtype) for o in (weight,bias)]
         return self.call.normalise(i, x, *self.merged(layer, x, w, eps), w, b, eps)
 
 # %% ../nbs/21_turns.ipynb #5a81d5db
 class LockStep:
-    "Runs of `model`, in turn from BN layer to BN layer"
+    "Run `model` on micro-batches, in turn from BN layer to BN layer"
     def __init__(self, model:nn.Module): self.model,self.layers = model,bn_layers(model)
 
     def run(self, f, parts:list[tuple]) -> list:
-        "Return what `f`, which runs the model, makes of each of `parts`, its arguments"
+        "Call `f`, which runs the model, with each of `parts` as its arguments. Return the results"
         with self.patched(), without_sync(self.layers.values()):
             self.turns = turns = _Turns(f, parts, PerBatchState(self.model, len(parts)))
             try:
@@ -216,7 +217,7 @@ class LockStep:
 
     @contextmanager
     def patched(self):
-        "Within, BN layers wait for each other where they normalise by the batch"
+        "Make BN layers that normalise by the batch wait for each other, inside the context"
         with kept(self.layers.values()):
             for k,m in self.layers.items():
                 m.__dict__['forward'] = self.forward(_Layer(k, m))
@@ -225,7 +226,7 @@ class LockStep:
             yield
 
     def forward(self, layer:_Layer):
-        "Return what stands in for the `forward` of a BN layer"
+        "Return the function that stands in for the `forward` of a BN layer"
         def forward(*args, **kwargs):
             pool = partial(self.batch_norm, layer, len(first_tensor(args, kwargs)))
             with ReplaceBatchNorm(pool) as mode: y = layer.forward(*args, **kwargs)
@@ -237,10 +238,10 @@ class LockStep:
 
     def batch_norm(self, layer:_Layer, n:int, x, running_mean, running_var, weight=None, bias=None, training=False,
                    momentum=.1, eps=1e-5) -> Tensor:
-        "`F.batch_norm` with the moments of all micro-batches, within a call of `layer` with `n` rows"
+        "Stand in for `F.batch_norm` in a call of `layer` with `n` rows: use the moments of all micro-batches"
         if not training: return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
         if len(x) < n: raise ValueError(
-            f"{layer} normalises parts of its batch by themselves, and a micro-batch has other parts. Replace it by a "
+            f"{layer} normalises parts of its batch separately, and a micro-batch has different parts. Replace it by a "
             "plain BatchNorm, or use a budget without micro_bs")
         refuse_checkpoint(layer.name)
         meeting,i = self.meeting,self.turns.state.now
