@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import results
+from bench import front, pictures, results
 from bench.__main__ import PAGES, main, parser
 from bench.accumulate import TwoPhase, renorm
 from fastai_bn.demo import small_resnet
@@ -75,6 +75,45 @@ def test_tables_can_be_made(page, name):
     a = parser().parse_args([page, name, '--images', n, '--epochs', '1', '--rounds', '1'])
     rows = list(itertools.islice(t.rows(t.data[0], 0, a), 2))
     assert len(rows) == 2 and all(isinstance(r, dict) for r in rows)
+
+PICTURES = {
+    'outcome': ('hep2','accuracy','t'),
+    'cosines': ('t',),
+    'lag': ('t',),
+    'domains': ('t',),
+    'samples': ('t',),
+    'dice': ('nuclei','t'),
+    'exposure': ('t',),
+    'intensity': ('t',),
+    'memory': ('unet','t'),
+    'modelled': ('resnet50','t'),
+    'lock_step': ('t',),
+    'steps': ('t',),
+    'by_hand': ('t',)}
+
+@pytest.mark.parametrize('name,args', PICTURES.items())
+def test_pictures_are_drawn_from_stored_results(name, args):
+    "Something is drawn, every number is finite, and what is drawn has a name"
+    ax = getattr(pictures, name)(*args).axes[0]
+    ys = [float(y) for line in ax.lines for y in line.get_ydata()] + [p.get_width() for p in ax.patches]
+    assert len(ys) >= 3 and all(map(math.isfinite, ys)) and ax.get_title('left') + ax.get_title() == 't'
+    assert ax.get_legend() or ax.get_yticklabels()
+
+def test_pictures_show_what_the_pages_say():
+    "The batch of 32 and 'window' at one height, plain accumulation below; more than one seed gives a band"
+    ax = pictures.outcome('drawn', 'macro F1', 't').axes[0]
+    of = {line.get_label():line.get_ydata() for line in ax.lines}
+    assert of["'window'"] == pytest.approx(of['batch of 32'][0]) and max(of['plain accumulation']) < of['batch of 32'][0]
+    assert len(ax.collections) == 2
+
+def test_the_front_picture_is_drawn_light_and_dark(tmp_path):
+    "Of the same results comes the same file"
+    front.draw(tmp_path)
+    light,dark = (tmp_path/f'front-{k}.svg' for k in ('light','dark'))
+    before = light.read_bytes()
+    assert before != dark.read_bytes() and b'#d5d8e2' in dark.read_bytes() and b'#d5d8e2' not in before
+    front.draw(tmp_path)
+    assert light.read_bytes() == before
 
 def test_errors_of_the_command(capsys):
     with pytest.raises(SystemExit): main(['accumulate','outcome','--epochs','1'])

@@ -2,6 +2,7 @@
 from pathlib import Path
 
 from fastai.vision.all import GradientAccumulation
+from matplotlib import rc_context
 from fastai_bn.all import AccumulateGradBN
 from fastai_bn.picture import memory as counted, picture
 from bench.common import images, learner
@@ -40,7 +41,8 @@ def draw(folder:Path=FILES):
     for name,dark in ('light',False),('dark',True):
         fig = picture(curves, taken, BS, N_STEP, dark)
         # A drawing of the same numbers is the same file
-        fig.savefig(folder/f'front-{name}.svg', metadata=dict(Date=None), transparent=True)
+        with rc_context({'svg.hashsalt':'fastai_bn'}):
+            fig.savefig(folder/f'front-{name}.svg', metadata=dict(Date=None), transparent=True)
 
 TABLES = dict(losses=Table(losses), memory=Table(memory, data=('resnet50',), seeds=None))
 
