@@ -26,7 +26,7 @@ Docs: the notebook nbs/60_demo.ipynb"""
 
 # %% ../nbs/60_demo.ipynb #5722d67b
 from __future__ import annotations
-import argparse, os, sys, time, warnings
+import argparse, os, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 

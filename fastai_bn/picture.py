@@ -92,7 +92,7 @@ def picture(
 ) -> Figure:
     "Draw training losses beside the memory that activations take. Several seeds give a band from lowest to highest"
     ink = '#d5d8e2' if dark else '#2b2d36'
-    with plt.rc_context({'font.size':10.5, 'svg.hashsalt':'fastai_bn', 'svg.fonttype':'path'}):
+    with plt.rc_context({'font.size':10.5}):
         fig,(left,right) = plt.subplots(1, 2, figsize=(10,3.5), width_ratios=(1,1.05))
         _losses(left, losses, ink)
         _memory(right, taken, bs, n_step, ink)

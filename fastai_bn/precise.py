@@ -6,6 +6,12 @@ fast, if batches are tiny, or if the data comes from another domain. `precise_bn
 and unbiased variance. It computes them over many samples with the current weights (Wu and Johnson,
 "Rethinking 'Batch' in BatchNorm", [arXiv 2105.07576](https://arxiv.org/abs/2105.07576), section 3).
 
+```python
+learn.precise_bn()                          # after training: the training set, n=10_000 samples at least
+learn.precise_bn(dl=dls.test_dl(items))     # another domain, whose images need no labels
+learn.fit(5, cbs=PreciseBN())               # before each validation
+```
+
 **Use it** after training with small batches; before you compare or ship models; and with `dl=` on a new domain's
 unlabelled data (AdaBN, Li et al., [arXiv 1603.04779](https://arxiv.org/abs/1603.04779)). **It does not cure** the harm
 that small batches do to the *training*. It changes little where train-time noise and inference already agree. Look at
