@@ -106,6 +106,8 @@ def test_data_frames():
 LINKS = {
     '[An [`A`](u) example](v)': '[An `A` example](v)',
     '[[`A`](u) and [`B`](v)](w)': '[`A` and `B`](w)',
+    '[[`A`](u) and\n[`B`](v)](w)': '[`A` and\n`B`](w)',
+    '[x\n\n[`A`](u)](w)': '[x\n\n[`A`](u)](w)',
     '## In a [`L`](x)': '## In a `L`',
     '[`C`](c) and [a](b)': '[`C`](c) and [a](b)',
     '[x] ([`C`](c))': '[x] ([`C`](c))'}

@@ -31,7 +31,8 @@ def outside_code(f, s:str) -> str:
 
 def unlinked(s:str) -> str:
     "Remove the links that nbdev made of names where they are in the way: within links and headings"
-    nested = r'(?<=\[)([^][\n]*)\[(`[^`]+`)\]\([^)]*\)(?=(?:[^][\n]|\[`[^`]+`\]\([^)]*\))*\]\()'
+    words = r'(?:[^][\n]|\n(?!\n))' # of one paragraph
+    nested = rf'(?<=\[)({words}*)\[(`[^`]+`)\]\([^)]*\)(?=(?:{words}|\[`[^`]+`\]\([^)]*\))*\]\()'
     before = None
     while s != before: before,s = s,re.sub(nested, r'\1\2', s)
     def plain(heading): return re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', heading[0])
