@@ -72,7 +72,7 @@ def _update_stats(mode, x:Tensor, running_mean:Tensor|None, running_var:Tensor|N
     with mode: return torch.empty(x.shape[1], dtype=dtype),torch.empty(x.shape[1], dtype=dtype)
 
 def _gradient_like(x:Tensor, weight:Tensor|None, out:tuple) -> tuple:
-    "Give the gradient of `x`, which comes first, its type and contiguous memory, and the others the weight's type"
+    "Give the gradient of `x` (the first) the type of `x` and contiguous memory, and the others the weight's type"
     dx,*others = out
     types = x.dtype,*[(x if weight is None else weight).dtype for _ in others]
     dx,*others = [o if o is None else o.to(dtype) for o,dtype in zip(out, types)]

@@ -80,7 +80,7 @@ class _GroupNorm1dFlat(GroupNorm):
 
 # %% ../nbs/40_groupnorm.ipynb #7fc51a06
 def _n_groups(num_channels:int, num_groups:int=32, channels_per_group:int|None=None) -> int:
-    "Find the most groups, up to the limit, that divide the channels and hold two, or `channels_per_group`, of them"
+    "Find the most groups, up to the limit, that have equal size and at least two, or `channels_per_group`, channels"
     per = channels_per_group or 2
     most = num_channels//per if channels_per_group else min(num_groups, num_channels//per)
     return next((g for g in range(most, 0, -1) if num_channels % g == 0), 1)
@@ -150,7 +150,7 @@ def _check_bns(bns:list[_BatchNorm]):
 # %% ../nbs/40_groupnorm.ipynb #163f54d3
 def bn_to_gn(
     model:nn.Module,   # Any PyTorch model, or a single BatchNorm
-    num_groups:int=32, # Most groups of a layer, >= 1. It gets the most that divide its channels and leave two in each
+    num_groups:int=32, # Most groups per layer, >= 1. A layer gets the most that leave at least two channels in each
     channels_per_group:int|None=None, # Instead of `num_groups`: fewest channels in a group, >= 1
     inplace:bool=False, # Change `model` itself? Otherwise a copy
 ) -> nn.Module: # The model with GroupNorm in place of every BatchNorm (1d: one group)
@@ -158,7 +158,7 @@ def bn_to_gn(
 
     Warns if `model` was trained (it needs fine-tuning), if it has no BatchNorm, a BatchNorm1d of one or two features,
     or a BatchNorm with its own forward (GroupNorm keeps only the normalisation).
-    Raises `ValueError` if a number is below 1, if a lazy layer has not seen a batch, or if one is parametrized."""
+    Raises `ValueError` if a number is below 1, if a lazy layer has not seen a batch, or if a layer is parametrized."""
     check_groups(num_groups, channels_per_group)
     _check_bns([m for m in model.modules() if isinstance(m, _BatchNorm)])
     if not inplace: model = _copied(model)

@@ -55,7 +55,7 @@ def channel_file(
 def instead(
     f:Path, # The missing file
 ) -> str:
-    "Name what exists in place of file `f`, and say what to do about it; return '' if nothing does"
+    "Name what is wrong or exists in place of file `f`, and what to do about it; return '' if nothing is found"
     if not f.parent.is_dir(): return f"There is no folder {f.parent}"
     same = sorted(o.name for o in f.parent.iterdir() if o.stem.lower() == f.stem.lower())
     return f"There is {same[0]}, but only {f.name} (or .jpg) is read: convert or rename it" if same else ''

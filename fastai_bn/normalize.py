@@ -7,7 +7,7 @@ removes the ratio between channels.
 
 ```python
 x = image_normalize(x)                                           # images [B, C, H, W], each channel by itself
-dls = block.dataloaders(path, batch_tfms=ImageNormalize())       # or each batch, on the device
+block = DataBlock(..., batch_tfms=ImageNormalize())              # or each batch, on the device
 ```
 
 **Use it** if brightness and contrast come from the microscope: exposure, laser, staining, another laboratory. **Do not

@@ -7,7 +7,7 @@ and unbiased variance. It computes them over many samples with the current weigh
 "Rethinking 'Batch' in BatchNorm", [arXiv 2105.07576](https://arxiv.org/abs/2105.07576), section 3).
 
 ```python
-learn.precise_bn()                          # after training: the training set, n=10_000 samples at least
+learn.precise_bn()                          # after training: 10,000 training samples at least, or all
 learn.precise_bn(dl=dls.test_dl(items))     # another domain, whose images need no labels
 learn.fit(5, cbs=PreciseBN())               # before each validation
 ```

@@ -7,8 +7,8 @@ every skip connection, and you cannot choose another norm: `NormType` has no Gro
 its BN. 'none' leaves no norm outside the encoder.
 
 ```python
-learn = gn_unet_learner(dls, resnet34)                                        # GroupNorm everywhere
-learn = gn_unet_learner(dls, resnet34, scope='decoder', pretrained=True)      # the encoder keeps its BN
+learn = gn_unet_learner(dls, resnet34, pretrained=False)     # from scratch: GroupNorm everywhere
+learn = gn_unet_learner(dls, resnet34, scope='decoder')      # a pretrained encoder keeps its BN
 ```
 
 **Use it** if a step has few images. **Do not use it** for large images that you predict in pieces, before you have read

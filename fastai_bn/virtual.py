@@ -8,7 +8,7 @@ each operation, and runs ahead of the device.
 
 ```python
 memory_plan(model, xb, loss_func, yb, card='T4').seconds   # a card of the table below
-memory_plan(model, xb, loss_func, yb, card=Card(...))      # or one of yours
+memory_plan(model, xb, loss_func, yb, card=Card(...))      # or your own
 ```
 
 Every figure from this module is *modelled*: no card ran the window. The figures are good for comparing budgets, cards,
