@@ -54,7 +54,7 @@ Modules:
 - `fastai_bn.report`: How far off running statistics are, how noisy BatchNorm's batches are, and what to do about it
 - `fastai_bn.rows`: Measure centre and scale of each row of a matrix, precisely at any offset, with NumPy's percentiles
 - `fastai_bn.samples`: Count, cut and join the samples of a batch: the one place that defines what a sample is
-- `fastai_bn.sampling`: Which samples a population is measured on: each once, and no random number is drawn for it
+- `fastai_bn.sampling`: Choose the samples that a population is measured on: each once, without drawing a random number
 - `fastai_bn.schedule`: Start each copy out right after the last use, and each copy in as soon as there is room
 - `fastai_bn.storages`: Which storages are on the device, and how many bytes they take
 - `fastai_bn.submission`: `submission_table`: `Id,Predicted` for a competition; `best_thresholds`: a threshold per label
