@@ -13,7 +13,7 @@ learn.precise_bn()
 
 Modules:
 
-- `fastai_bn.accumulate`: `AccumulateGradBN`: one step for several micro-batches, BatchNorm over the samples you choose
+- `fastai_bn.accumulate`: `AccumulateGradBN`: one step for several micro-batches, BatchNorm over `bn_bs` samples
 - `fastai_bn.advice`: `learn.memory_plan()`: does the large batch fit on the device, and which arguments make it fit?
 - `fastai_bn.all`: `from fastai_bn.all import *`
 - `fastai_bn.batches`: Join and cut a DataLoader's micro-batches to the batches that BatchNorm sees

@@ -1,4 +1,4 @@
-"""`AccumulateGradBN`: one step for several micro-batches, BatchNorm over the samples you choose
+"""`AccumulateGradBN`: one step for several micro-batches, BatchNorm over `bn_bs` samples
 
 When a batch of 32 does not fit, gradient accumulation computes 16 **micro-batches** of 2 and makes one optimizer step
 for the **window** of all 16. The optimizer sees a batch of 32. BatchNorm (BN) does not: it normalises each micro-batch
