@@ -13,11 +13,11 @@ learn.precise_bn()
 
 Modules:
 
-- `fastai_bn.accumulate`: `AccumulateGradBN`: one step for several micro-batches, BatchNorm over the samples you choose
+- `fastai_bn.accumulate`: `AccumulateGradBN`: one step for several micro-batches, BatchNorm over `bn_bs` samples
 - `fastai_bn.advice`: `learn.memory_plan()`: does the large batch fit on the device, and which arguments make it fit?
 - `fastai_bn.all`: `from fastai_bn.all import *`
 - `fastai_bn.batches`: Join and cut a DataLoader's micro-batches to the batches that BatchNorm sees
-- `fastai_bn.capture`: `capture_moments`: read the moments that BatchNorm layers compute anyway, and hold back their updates
+- `fastai_bn.capture`: `capture_moments`: read the moments that BatchNorm layers compute anyway, and hold updates back
 - `fastai_bn.choice`: Choose which storages to make again instead of moving them, by what will be on the device then
 - `fastai_bn.copies`: Memory budgets, host buffers, and the streams on which copies run beside the computation
 - `fastai_bn.counting`: Run forward and backward passes inside the real pager, on tensors without memory
