@@ -13,11 +13,11 @@ learn.precise_bn()
 
 Modules:
 
-- `fastai_bn.accumulate`: `AccumulateGradBN`: one step for several micro-batches, BatchNorm over the samples you choose
+- `fastai_bn.accumulate`: `AccumulateGradBN`: one step for several micro-batches, BatchNorm over `bn_bs` samples
 - `fastai_bn.advice`: `learn.memory_plan()`: does the large batch fit on the device, and which arguments make it fit?
 - `fastai_bn.all`: `from fastai_bn.all import *`
 - `fastai_bn.batches`: Join and cut a DataLoader's micro-batches to the batches that BatchNorm sees
-- `fastai_bn.capture`: `capture_moments`: read the moments that BatchNorm layers compute anyway, and hold back their updates
+- `fastai_bn.capture`: `capture_moments`: read the moments that BatchNorm layers compute anyway, and hold updates back
 - `fastai_bn.choice`: Choose which storages to make again instead of moving them, by what will be on the device then
 - `fastai_bn.copies`: Memory budgets, host buffers, and the streams on which copies run beside the computation
 - `fastai_bn.counting`: Run forward and backward passes inside the real pager, on tensors without memory
@@ -54,7 +54,7 @@ Modules:
 - `fastai_bn.report`: How far off running statistics are, how noisy BatchNorm's batches are, and what to do about it
 - `fastai_bn.rows`: Measure centre and scale of each row of a matrix, precisely at any offset, with NumPy's percentiles
 - `fastai_bn.samples`: Count, cut and join the samples of a batch: the one place that defines what a sample is
-- `fastai_bn.sampling`: Which samples a population is measured on: each once, and no random number is drawn for it
+- `fastai_bn.sampling`: Choose the samples that a population is measured on: each once, without drawing a random number
 - `fastai_bn.schedule`: Start each copy out right after the last use, and each copy in as soon as there is room
 - `fastai_bn.storages`: Which storages are on the device, and how many bytes they take
 - `fastai_bn.submission`: `submission_table`: `Id,Predicted` for a competition; `best_thresholds`: a threshold per label

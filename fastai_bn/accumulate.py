@@ -1,4 +1,4 @@
-"""`AccumulateGradBN`: one step for several micro-batches, BatchNorm over the samples you choose
+"""`AccumulateGradBN`: one step for several micro-batches, BatchNorm over `bn_bs` samples
 
 When a batch of 32 does not fit, gradient accumulation computes 16 **micro-batches** of 2 and makes one optimizer step
 for the **window** of all 16. The optimizer sees a batch of 32. BatchNorm (BN) does not: it normalises each micro-batch
@@ -56,7 +56,7 @@ def loss_denominator(
     pred,            # The model's prediction
     *yb,             # Targets, batch first
     n:int|None=None, # Samples in the batch. None: as many as the targets have
-) -> float|None: # The number that the loss divides its sum by, up to a constant; None: no number (`reduction='sum'`)
+) -> float|None: # The number that the loss divides its sum by, up to a constant; None: it is a sum (`reduction='sum'`)
     "Find the denominator of a mean loss: the summed weights of the targets that count for cross entropy, else samples"
     kw = {}
     while hasattr(loss_func, 'func'):  # fastai's losses and `partial`
@@ -82,7 +82,7 @@ class _WindowedBatches(WindowedEpochs):
         else: self._run(do, *args)
 
     def _run(self, do, *args, may_fail=lambda: False) -> bool: # Is it done?
-        "Run a batch. If it runs out of memory and `may_fail()`, leave nothing of it on the device and return False"
+        "Run a batch. If memory runs out and `may_fail()` is true, leave nothing of it on the device and return False"
         w,model,b = self.window,self.learn.model,None
         name = '_compiled_call_impl' if getattr(model, '_compiled_call_impl', None) is not None else 'forward'
         try:

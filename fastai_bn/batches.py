@@ -1,8 +1,8 @@
 """Join and cut a DataLoader's micro-batches to the batches that BatchNorm sees
 
-A DataLoader yields micro-batches of `bs` samples. BatchNorm should see batches of another size, and no such batch may
-span two windows. This module joins and cuts the micro-batches, one window after the other, and tells when a window
-ends. `fastai_bn.samples` defines what a sample is and which batches can be joined.
+A DataLoader yields micro-batches of `bs` samples. With `bn_bs` BatchNorm sees batches of another size, and no such
+batch may span two windows. This module joins and cuts the micro-batches, one window after the other, and tells when a
+window ends. `fastai_bn.samples` defines what a sample is and which batches can be joined.
 
 All functions work in any PyTorch loop.
 

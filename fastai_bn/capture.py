@@ -1,4 +1,4 @@
-"""`capture_moments`: read the moments that BatchNorm layers compute anyway, and hold back their updates
+"""`capture_moments`: read the moments that BatchNorm layers compute anyway, and hold updates back
 
 A BatchNorm (BN) layer in training mode computes the mean and variance of its batch anyway. `capture_moments` makes the
 layer leave them in scratch buffers, where you can read and merge them, instead of in its running statistics. Later
@@ -78,7 +78,7 @@ def _is_unchanged(old:Tensor, new:Tensor) -> bool:
     return old is new or bool(((old == new) | (old.isnan() & new.isnan())).all())
 
 def _explains(seen:Moments, old:tuple, new:tuple) -> bool:
-    "Tell whether one batch with the moments `seen` takes statistics from `old` to `new`, with any momentum"
+    "Tell whether one batch with the moments `seen` takes statistics from `old` to `new`, for some momentum"
     flat = lambda *ts: torch.cat([t.cpu().double() for t in ts])
     old,new = flat(*old[:2]),flat(*new[:2])
     step = new-old
@@ -91,13 +91,13 @@ def _explains(seen:Moments, old:tuple, new:tuple) -> bool:
 
 # %% ../nbs/01_capture.ipynb #9929ecb9
 class BNCapture:
-    "Collect moments of BN layers; `capture_moments` yields it"
+    "Collect the moments of BN layers; `capture_moments` yields an object of this class"
     def __init__(self,
         layers:dict[str,nn.Module], # BN layers by name
     ):
         refuse_lazy(layers)
         self.layers = {k:m for k,m in layers.items() if m._buffers.get('running_mean') is not None}
-        self.uses = [Scratch(self.layers)] if self.layers else []  # one per call of a layer in a batch
+        self.uses = [Scratch(self.layers)] if self.layers else []  # the k-th holds each layer's k-th call in a batch
         self.reset()
 
     def buffers_for(self, name:str, own:tuple, momentum:float|None, n:int) -> tuple[tuple,float]:
@@ -234,7 +234,7 @@ def update_running_stats(
     ms = [layers[k] for k in ks]
     factors = [_factor(m.num_batches_tracked, moments.momenta.get(k, m.momentum)) for k,m in zip(ks, ms)]
     old = [m._buffers[name] for name in BUFFERS[:2] for m in ms]
-    # An interrupt updates all of them or none
+    # An interrupt leaves either all of them updated or none
     torch._foreach_copy_(old, _blend(old, _means_and_vars(moments, ks), factors*2))
     _count(ms)
 
@@ -250,7 +250,7 @@ def count_batch(moments:Moments, buffers:tuple, momentum:float|None):
 
 # %% ../nbs/01_capture.ipynb #90d98981
 class BNUpdates:
-    "Hold updated copies of running statistics of BN layers; `hold_updates` yields it"
+    "Hold updated copies of BN layers' running statistics; `hold_updates` yields an object of this class"
     def __init__(self): self._own,self._versions,self._new = {},{},{}
 
     def buffers_for(self, name:str, own:tuple, momentum:float|None, n:int) -> tuple[tuple,float|None]:

@@ -103,7 +103,7 @@ class EpochWindow(Callback):
     window = batches = _last_window = None
     is_end = False  # does the window end with the epoch, even if it is short?
     _aside = ()     # pairs of parameter and gradient of a window between two epochs
-    _begun = 0      # fits and validations that have begun since, and have not ended
+    _begun = 0      # fits and validations begun, less those ended, since the last training epoch
     # `learn.export` leaves out the state of the epoch under way
     _stateattrs = 'window','batches','_last_window','is_end','_aside','_begun','_params','_trained'
 
@@ -141,7 +141,7 @@ class EpochWindow(Callback):
     def before_fit(self): self._begun += 1
 
     def after_fit(self):
-        "Release both at the end of a fit. `learn.validate` also calls `before_fit` and `after_fit`"
+        "Let go if the fit has ended or nothing is carried. `learn.validate` makes this event, too"
         self._begun -= 1
         if self.window is None and (self._begun < 0 or not self._aside): self.let_go()
 
@@ -199,7 +199,7 @@ class WindowedEpochs(EpochWindow):
         insist(close)
 
     def after_train(self):
-        "Make a step with an open window, or carry the window on, and close"
+        "Make a step with an open window, carry it on, or drop it, as `last` says; then close"
         learn,w = self.learn,self.window
         if w is not None and w.count and self.is_end:
             # A call of `learn.validate` may have left `training` False

@@ -6,8 +6,8 @@ mean. The moments of two batches merge exactly into those of both together. So t
 10,000 samples, need no more memory than those of one micro-batch.
 
 ```python
-a,b = Moments.of(x[:2]),Moments.of(x[2:])   # batches [B, C, ...], or what a BN layer saw
-a.merge(b)                                  # the same as Moments.of(x), up to rounding
+a,b = Moments.of(x[:2]),Moments.of(x[2:])   # batches of shape [B, C, ...]
+a.merge(b)                                  # equal to Moments.of(x), up to rounding
 ```
 
 This module needs no fastai `Learner` and works in any PyTorch loop. You rarely need it directly: use `AccumulateGradBN`
@@ -94,7 +94,7 @@ class BNMoments:
         channels:dict[str,int]|None=None,       # Number of channels by layer name; None: no layer saw anything
         counts:dict[str,float]|None=None,       # Values per channel by name of each layer that saw any
         whole:Moments|None=None,                # Moments of all layers side by side; `split_channels` splits them
-        momenta:dict[str,float|None]|None=None, # `momentum` of each layer at its call. Missing: that at the end
+        momenta:dict[str,float|None]|None=None, # `momentum` of each layer at its call. Missing: that at the update
         within:Tensor|None=None,                # Part of M2 that is within batches, side by side; None: all of it
     ):
         self.channels,self.counts = channels or {},counts or {}

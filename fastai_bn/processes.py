@@ -54,7 +54,7 @@ def all_counts(counts:dict[str,int], layers:dict[str,nn.Module]) -> dict[str,int
 
 # %% ../nbs/00b_processes.ipynb #31456aa9
 class Ranks:
-    "Reduce over the processes that train `model`, with the BN `layers`, together"
+    "Reduce values over the processes that train `model` together; `layers` are its BN layers"
     def __init__(self, model:nn.Module, layers:dict[str,nn.Module]):
         self.model,self.layers = model,layers
         self.is_distributed = isinstance(model, nn.parallel.DistributedDataParallel)

@@ -1,8 +1,8 @@
 """Count, cut and join the samples of a batch: the one place that defines what a sample is
 
 The package joins micro-batches to the batch that BatchNorm sees, cuts batches into pieces, and weights losses by their
-samples. For each it has to know what a **sample** is. A batch may nest tensors, arrays, tuples, lists and dicts. This
-module defines samples in one place:
+samples. For each of these it has to know what a **sample** is. A batch may nest tensors, arrays, tuples, lists and
+dicts. This module defines samples in one place:
 
 - **The size of the batch is that of its inputs**, not of its targets: eight images are eight samples, however many
   boxes or characters belong to them.
@@ -148,7 +148,7 @@ def _cut_array(o, sizes:list[int], whole) -> list:
 
 def cut(
     b,               # A tuple or list of parts (inputs, targets), or a dict of them
-    sizes:list[int], # Samples of each piece; their sum is that of the batch
+    sizes:list[int], # Samples of each piece; their sum is the number in the batch
 ) -> list: # The pieces
     "Cut a batch into pieces. Each piece gets parts without samples whole"
     lists,k = _lists_of(b, sum(sizes)),range(len(sizes))
@@ -177,7 +177,7 @@ def _is_same(a, b) -> bool:
     if _is_array(a) or _is_array(b): return np.array_equal(a, b)
     return bool(a == b)
 
-class CannotJoin(ValueError): "Tell that parts of batches cannot be joined"
+class CannotJoin(ValueError): "Report that parts of batches cannot be joined"
 
 def _what(os:list) -> str:
     "Describe parts that cannot be joined"

@@ -1,11 +1,11 @@
-"""Which samples a population is measured on: each once, and no random number is drawn for it
+"""Choose the samples that a population is measured on: each once, without drawing a random number
 
-A population is measured on the data of a training, and that data is made for training: DataLoaders drop what is left
-over, draw rows with replacement, repeat samples so that all processes have as many, and move random generators on.
-Here such data becomes samples to be counted: each once, in batches of a given size, until there are enough. A
-training that goes on afterwards does not notice.
+`precise_bn` measures a population on training data. But training DataLoaders drop the rest of an epoch, draw rows with
+replacement, repeat samples so that all processes have the same number, and advance random generators. This module turns
+them into samples that count: each once, in batches of a given size, until there are enough. A training that goes on
+afterwards draws the same random numbers as without it.
 
-This is a part of `precise_bn`, whose `batches` may be anything that yields batches.
+It is a part of `precise_bn`, whose `batches` may be any iterable of batches.
 
 Docs: the notebook nbs/29_sampling.ipynb"""
 
@@ -35,9 +35,9 @@ __all__ = []
 
 # %% ../nbs/29_sampling.ipynb #74c3db34
 def _keywords(model:nn.Module, b:Mapping) -> dict:
-    """Pick what of the dict `b` the `forward` of `model` takes.
+    """Pick the entries of the dict `b` that the `forward` of `model` takes.
 
-    A wrapper that takes anything (averaged, compiled and parallel models) takes what the model in it does."""
+    A wrapper that takes anything (averaged, compiled and parallel models) takes what its inner model takes."""
     ps = inspect.signature(model.forward).parameters.values()
     kinds = {p.kind for p in ps}
     if kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
@@ -47,15 +47,15 @@ def _keywords(model:nn.Module, b:Mapping) -> dict:
     return {p.name:b[p.name] for p in ps if p.name in b}
 
 def _model_inputs(model:nn.Module, b, n_inp:int|None):
-    "Get what of batch `b` the model takes: a tuple of positional arguments, or a dict of keyword arguments"
+    "Get the model's inputs in batch `b`: a tuple of positional arguments, or a dict of keyword arguments"
     if isinstance(b, Mapping): return _keywords(model, b) or (b,)
     return tuple(b[:n_inputs(b, n_inp)]) if isinstance(b, (tuple,list)) else (b,)
 
 # %% ../nbs/29_sampling.ipynb #0bae3577
 def _inputs(model:nn.Module, batches, n_inp:int|None, bn_bs:int|None) -> Iterator[tuple]:
-    """Yield what the model takes of each of the `batches`, and the number of samples.
+    """Yield the model's inputs of each batch, and the number of samples.
 
-    `bn_bs`: they are joined and cut to so many samples. The last may be short."""
+    `bn_bs`: join and cut batches to that many samples. The last may be short."""
     bs = batch_size(batches)
     triples = ((_model_inputs(model, b, n_inp),size_of(b, n_inp, bs),False) for b in batches)
     if bn_bs is not None: triples = rebatch(triples, bn_bs)
@@ -100,7 +100,7 @@ def take_samples(
     bn_bs:int|None=None,  # Samples to which batches are joined or cut. None: as they come
     progress:bool=False,  # Show a progress bar?
 ) -> Iterator[tuple]: # Tuples of positional arguments or dicts of keyword arguments, each with the number of samples
-    "Yield what `model` takes of batches, until `n` samples have come"
+    "Yield the inputs of `model` from batches, until `n` samples have come"
     pairs = _until(_inputs(model, batches, n_inp, bn_bs), n)
     return _with_bar(pairs, _n_samples(batches, n)) if progress else pairs
 
@@ -140,9 +140,9 @@ def _copied(dl:DataLoader, **attrs) -> DataLoader:
     return res
 
 def _whole(dl, shuffle:bool):
-    """Make of fastai's DataLoader one that drops nothing, and gives every item once where all have one weight.
+    """Copy fastai's DataLoader so that it drops nothing, and gives every item once if all have the same weight.
 
-    Others are as they are."""
+    Return other iterables as they are."""
     if not isinstance(dl, DataLoader): return dl
     res = _copied(dl, drop_last=False, shuffle=dl.shuffle or (shuffle and dl.indexed))
     wgts = getattr(dl, 'wgts', None)
@@ -155,7 +155,7 @@ def n_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 def _my_share(dl):
-    "Take this process's part of fastai's DataLoader: all agree on an order, and take turns. Others are shares already"
+    "Take this process's share of fastai's DataLoader, in an order that all agree on. Others are shares already"
     if n_ranks() == 1 or not isinstance(dl, DataLoader) or dl.n is None: return dl
     idxs = [list(dl.get_idxs())]
     dist.broadcast_object_list(idxs)

@@ -1,15 +1,14 @@
 """Stand in for an object's method, and put the method back whatever happens
 
-fastai and PyTorch have no hook for some things that this package does: to run a backward pass inside a block, or to
-have a BatchNorm layer update other buffers than its own. So for a while an object of this package **stands in** for a
-method of another object, and runs the method in its own way. No other mechanism of the package touches foreign
-objects. It keeps three promises:
+fastai and PyTorch have no hook for some things that this package does, such as running a backward pass inside a block,
+or having a BatchNorm layer update buffers other than its own. So for a while an object of this package **stands in**
+for a method of another object, and runs the method in its own way. The mechanism keeps three promises:
 
 - Whatever is raised, an interrupt included, the object is afterwards as it was before.
 - A copy (`deepcopy`) or a pickle of the object has the method itself, and nothing of the stand-in.
-- PyTorch does not compile a compiled model again because of a stand-in.
+- A stand-in does not make PyTorch compile a compiled model again.
 
-The mechanism works on any object, also outside this package.
+It works on any object, also outside this package.
 
 Docs: the notebook nbs/04_undo.ipynb"""
 

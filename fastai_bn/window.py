@@ -19,8 +19,8 @@ for i,(xb,yb) in enumerate(dl):
     elif last: window.drop()
 ```
 
-**Use it** in your own loop, if gradient accumulation must also be correct for a short last micro-batch, a short last
-window, targets that do not count, and BN. **Do without** in a `Learner`: `AccumulateGradBN` does all of this, and can
+**Use it** in your own loop, if gradient accumulation must also be correct with a short last micro-batch, a short last
+window, targets that do not count, or BN. **Do without** in a `Learner`: `AccumulateGradBN` does all of this, and can
 normalise over more samples than a micro-batch has.
 
 Docs: the notebook nbs/03_window.ipynb"""
@@ -128,7 +128,7 @@ class Mean:
         "Prepare for a loss with the denominator `d` (None: the loss is a sum), in a window of `n` micro-batches"
         if d is not None and not 0 <= d < math.inf: raise ValueError(
             f"`denominator` must be a finite number >= 0, got {d}. Give the number that the loss divides by, "
-            "such as the number of samples, or None if it is a sum")
+            "such as the number of samples, or None if the loss is a sum")
         if last: self.whole,n_ranks = self.ranks.total(self.total + (1 if d is None else d))
         if d is None: return 1.
         if last: self.rescale(self.whole/n_ranks)
@@ -140,7 +140,7 @@ class Mean:
         self.total += 1 if d is None else d
 
     def miss(self):
-        "Note that a gradient is missing: with several processes the window makes no step then"
+        "Note that a gradient is missing: without that of its last micro-batch, a distributed window makes no step"
         if self.ranks.is_distributed: self.whole = None
 
     def finish(self) -> bool: # Is there anything to step for?
@@ -194,7 +194,7 @@ def _refuse_outside():
 class Window:
     """Make one step of several micro-batches: the gradient of the mean over all samples, one update of BN's statistics.
 
-    If `n` is 1, BN layers make their native update, and it waits for `commit`: the result is equal to the last bit.
+    If `n` is 1, BN layers make their native update, which waits for `commit` and is the same to the last bit.
     Raises `RuntimeError` if a call that belongs to a micro-batch comes outside `begin`, `ValueError` if `n` or a
     denominator is not valid, and the errors of `capture_moments`."""
     def __init__(self,
@@ -215,7 +215,7 @@ class Window:
     def _clear(self):
         self.mean.clear()
         self.passes.clear()
-        self.count = 0  # micro-batches that were added. Set last: if an interrupt left it, the window is cleared again
+        self.count = 0  # micro-batches that were added. Set last: after an interrupt the window still counts as open
 
     @contextmanager
     def begin(self, last:bool, # Does the window end with this micro-batch?
@@ -234,7 +234,7 @@ class Window:
     @contextmanager
     def forward(self, *inputs, # Tensors that the pager leaves on the device, also within tuples, lists and dicts
     ):
-        "Run a forward pass in training mode. Each pass updates BN's statistics once, also if it calls a layer twice"
+        "Run a forward pass in training mode. If `n` > 1, a layer that runs twice in it updates its statistics once"
         b = self._current()
         if self.pager is not None and self.passes.is_open and not b.backward: b.page(self.pager, self.model, inputs)
         with self.passes.forward(): yield
