@@ -124,7 +124,7 @@ def _warning_of_buffers(model:nn.Module):
 
 # %% ../nbs/22_lockstep.ipynb #1eb3da50
 class MicroBatched(nn.Module):
-    """Compute each batch of `model` in micro-batches of at most `micro_bs` samples, with BN over the whole batch.
+    """Run `model` on each batch in micro-batches of at most `micro_bs` samples, with BN over the whole batch.
 
     Has the layers and parameters of `model`, under the same names. In training mode predictions, gradients and running
     statistics are those of the whole batch, to rounding (dropout draws other masks). If no BN layer normalises by the
