@@ -67,7 +67,7 @@ def have_same_bits(
 
 # %% ../nbs/12e_making.ipynb #6374471e
 class Maker:
-    "Make values again in storages"
+    "Make values again"
     def __init__(self, mover:Mover, remakes:Remakes):
         self.mover,self.ledger,self.remakes = mover,mover.ledger,remakes
 
