@@ -144,7 +144,7 @@ class MicroBatched(nn.Module):
         super().__init__()
         if not is_count(micro_bs): raise ValueError(
             f"`micro_bs` must be an integer >= 1, got {micro_bs!r}. It is a number of samples")
-        # As a child, the model would get a prefix in all names
+        # As a child, the model would add a prefix to all names
         self.__dict__.update(model=model, micro_bs=int(micro_bs), training=model.training)
         self.__dict__.update({k:getattr(model, k) for k in (
             '_parameters','_buffers','_modules','_non_persistent_buffers_set','_version','_state_dict_hooks',
