@@ -1,6 +1,6 @@
 """Choose which storages to make again instead of moving them, by what will be on the device then
 
-A storage that is away returns over the bus, or is made again from other storages. The cheaper way depends on these
+A storage that is away returns over the bus, or is made again from other storages. Which way is cheaper depends on these
 sources. If other operations need them soon anyway, making costs no bytes. If they have to return early and leave again,
 making costs more than it saves. This module chooses, by the order of operations of the block before. Like the forecast
 (`fastai_bn.forecast`) it is pure: it knows labels and sizes, not tensors.

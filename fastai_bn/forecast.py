@@ -43,7 +43,7 @@ def _first(steps:list[int], at:int) -> float:
 
 class Recipe(NamedTuple):
     "Tell how to make again what a storage holds"
-    sources: tuple # Labels of the storages that the calls read
+    sources: tuple # Labels of the storages that it is made from
     at: int        # The step that last wrote to the storage
     scratch: int   # Bytes needed beside the sources and the result
     work: int      # Bytes that the calls read and write
@@ -124,7 +124,7 @@ class Forecast:
         return label
 
     def follow(self, op, uses:tuple[int,...], writes:tuple[int,...], alive:int) -> int|None: # Bytes
-        "Record a step, and foresee how much it makes. None: a step without labels belongs to the step before"
+        "Record a step, and foresee how much it makes. None: without labels it belongs to the step before"
         if not uses: return None if self.before else 0
         if self.exact:
             steps,at = self.before.steps,self.at

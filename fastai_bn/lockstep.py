@@ -124,7 +124,7 @@ def _warning_of_buffers(model:nn.Module):
 
 # %% ../nbs/22_lockstep.ipynb #1eb3da50
 class MicroBatched(nn.Module):
-    """Compute each batch of `model` in micro-batches of at most `micro_bs` samples, with BN over the whole batch.
+    """Run `model` on each batch in micro-batches of at most `micro_bs` samples, with BN over the whole batch.
 
     Has the layers and parameters of `model`, under the same names. In training mode predictions, gradients and running
     statistics are those of the whole batch, to rounding (dropout draws other masks). If no BN layer normalises by the
@@ -144,7 +144,7 @@ class MicroBatched(nn.Module):
         super().__init__()
         if not is_count(micro_bs): raise ValueError(
             f"`micro_bs` must be an integer >= 1, got {micro_bs!r}. It is a number of samples")
-        # As a child, the model would get a prefix in all names
+        # As a child, the model would add a prefix to all names
         self.__dict__.update(model=model, micro_bs=int(micro_bs), training=model.training)
         self.__dict__.update({k:getattr(model, k) for k in (
             '_parameters','_buffers','_modules','_non_persistent_buffers_set','_version','_state_dict_hooks',

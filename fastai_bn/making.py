@@ -1,8 +1,8 @@
 """Make dropped storages again by the calls that made them, and check that the bits are the same
 
-The pager makes a dropped storage again in its own memory, by the calls that made it (`fastai_bn.recipes`). The same
-kernels work on the same bytes, so the bits should be the same. The pager does not rely on that, it checks: each recipe
-has to give the bits of a copy before any copy is spared.
+The pager makes a dropped storage again in the storage's own memory, by the calls that made it (`fastai_bn.recipes`).
+The same kernels work on the same bytes, so the bits should be the same. The pager checks that: each recipe has to give
+the bits of a copy before any copy is spared.
 
 You need this page to understand or to change how that is done, or what a pager learns from it. To use the pager you do
 not.
@@ -67,7 +67,7 @@ def have_same_bits(
 
 # %% ../nbs/12e_making.ipynb #6374471e
 class Maker:
-    "Make values again in storages"
+    "Make values again"
     def __init__(self, mover:Mover, remakes:Remakes):
         self.mover,self.ledger,self.remakes = mover,mover.ledger,remakes
 

@@ -44,7 +44,7 @@ class Mover:
         if late or op.written: self._settle(late, op.written)
 
     def _settle(self, late:list[Record], written:list[Record]):
-        "Wait for copies under way, and drop copies that `written` will make invalid"
+        "Wait for copies under way, and drop the copies of `written`, which will become invalid"
         copies = self.ledger.copies
         for rec in late: rec.wait_for_copy(copies)
         for rec in written:

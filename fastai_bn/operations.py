@@ -34,7 +34,7 @@ def tensors_in(
     return [o] if isinstance(o, (Tensor, torch.UntypedStorage)) else []
 
 # %% ../nbs/12h_operations.ipynb #af10cf15
-READ,WRITE = 1,2 # How an operation treats an argument; 0: no memory
+READ,WRITE = 1,2 # How an operation treats an argument; 0: it has no memory
 
 class Signature:
     "Read the schema of an operator once for all calls"
@@ -91,7 +91,7 @@ def _labels_of(recs:list[Record]) -> tuple[int,...]:
 
 class Arguments:
     "Find the storages that an operation uses and writes to"
-    written = changed = ()  # records that it writes to; of these, records with a value
+    written = changed = ()  # records that it writes to; records whose value it changes
     has_new = False                # is a storage among the arguments new?
     def __init__(self, ledger:Ledger, sign:Signature, args:tuple, kwargs:dict):
         ledger.now = now = ledger.now+1

@@ -12,10 +12,11 @@ with pager:                          # use the same pager for every window: it l
 ```
 
 With `'auto'` the pager moves nothing while the device has room. Once memory runs out, windows take longer, and nothing
-else changes. With a number the pager keeps within that budget. The pager approximates nothing: the same kernels run on
-the same bytes, so the gradients are *equal* at any budget. It drops what is cheap to compute, such as the outputs of BN
-and ReLU, and makes it again. It copies the rest, and the copies take time. No budget goes below the largest single
-operation, whose tensors must be on the device together (`MicroBatched` goes below it, exact to rounding).
+else changes. With a number the pager keeps to that budget; peak memory can exceed it by one operation's output. The
+pager approximates nothing: the same kernels run on the same bytes, so the gradients are *equal* at any budget. It drops
+storages that are cheaper to make again than to copy, such as the outputs of BN and ReLU. It copies the rest, and the
+copies take time. No budget goes below the largest single operation, whose tensors must be on the device together
+(`MicroBatched` goes below it, exact to rounding).
 
 With `ActivationPager(None, remake=True)` the pager copies nothing, and makes again all that it can. A ResNet or a U-Net
 then takes about half of the memory.
@@ -66,7 +67,7 @@ _keys = torch._C._ForceDispatchKeyGuard
 
 @cache
 def _has_wrapper(kinds:tuple[type,...]) -> bool:
-    "Tell whether a tensor type takes operations apart itself. A fake tensor counts as a storage without memory"
+    "Tell whether one of `kinds` takes operations apart itself. A fake tensor counts as a storage without memory"
     return any([o.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not issubclass(o, FakeTensor) for o in kinds])
 
 def _refuse_mutation():
@@ -134,7 +135,7 @@ class _OpenBlock:
             for rec in records_of(trees, self.ledger.find): self.ledger.pin(rec)
 
     def close(self, is_failed:bool):
-        "Bring every storage back and forget it. If the block `is_failed`, storages that do not fit are lost"
+        "Bring every storage back and forget it. After an error (`is_failed`), storages that do not fit are lost"
         if self.hook is not None: self.hook.remove()
         if self.refusals is not None: self.refusals.close()
         # From here on evict nothing, not even to make a storage again
@@ -150,7 +151,7 @@ class _Counts:
     sees_all = False # Does `account` have to see each operation?
 
     def account(self, ledger:Ledger, op:Operation, trees):
-        "Note the need of an operation that sets a new maximum. A subclass with `sees_all` gets every operation"
+        "Note peak and need after an operation that may raise them; in a subclass with `sees_all`, after each"
         self.peak = max(self.peak, ledger.resident)
         need = op.need()
         if need > self.need: self.need,self.need_op = need,op.func

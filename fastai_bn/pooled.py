@@ -56,7 +56,7 @@ def _sums(dy:Tensor, x:Tensor, w:Tensor|None, mean:Tensor, var:Tensor, eps:float
     "Sum dy*xhat and dy per channel with the kernel of BN's backward"
     if not x.numel(): return [torch.zeros_like(mean)]*2
     if w is None: w = torch.ones_like(mean)
-    # PyTorch's CPU kernel confuses the layouts if `dy` and `x` have one sample in two different layouts
+    # PyTorch's CPU kernel confuses the layouts of `dy` and `x` if they differ and there is only one sample
     layout = _layout(x)
     dy,x = [o.contiguous(memory_format=layout) for o in (dy,x)]
     want = [False,True,True]
@@ -77,7 +77,7 @@ def _mean_var(x:Tensor) -> tuple[Tensor,Tensor]:
 # %% ../nbs/20_pooled.ipynb #a642fad0
 @dataclass(frozen=True, eq=False)
 class BNGradient:
-    "Hold the gradient of BN as an affine map per channel, dx = scale*dy + shift + slope*xhat, of shape [C] each"
+    "Hold BN's gradient as an affine map per channel: dx = scale*dy + shift + slope*xhat. All parts have shape [C]"
     scale: Tensor  # weight*invstd
     shift: Tensor  # -scale times the mean of dy
     slope: Tensor  # -scale times the mean of dy*xhat

@@ -92,7 +92,7 @@ class Part(NamedTuple):
     "Describe a tensor: the value that it views, and its place in it"
     value: Value|None # None: the value that is made
     dtype: torch.dtype
-    offset: int       # Values before the first
+    offset: int       # Elements before the first
     size: tuple
     stride: tuple
 
@@ -229,7 +229,7 @@ def part_of(
     return Part(rec.value, t.dtype, t.storage_offset(), t.shape, t.stride())
 
 def written_down(func, args:tuple, kwargs:dict, find, own:Record|None) -> tuple[tuple,dict]:
-    "Record arguments, without running statistics: BN's training kernel must not update them again"
+    "Record arguments. BN's training kernel gets no running statistics, so that it does not update them again"
     def part(o): return part_of(o, find, own) if isinstance(o, Tensor) else o
     if name_of(func).endswith('batch_norm') and args[5]: args = (*args[:3], None, None, *args[5:])
     return mapped(part, args),mapped(part, kwargs)

@@ -31,7 +31,7 @@ class Record(weakref.ref):
     away = False   # not on the device?
     event = None   # end of a copy under way
     counts = False # whole numbers on the CPU?
-    holds = 0      # how many readers bypass operations now
+    holds = 0      # how many readers need it on the device now
     last = 0       # the operation that used it last
     value = None   # how its content was made, if known
     shared = False # may other code write to it and bypass operations?

@@ -69,7 +69,7 @@ class Recorder:
             elif any([self._is_wanted(rec.label) for rec in op.made]): self._begin(op, args, kwargs, out)
 
     def _is_wanted(self, label:int) -> bool:
-        "Tell whether to record storage `label`. While the block follows the forecast, only chosen ones are made"
+        "Tell whether the recipe of `label` is needed: as the schedule says, while the block follows the forecast"
         if not self.ledger.forecast.exact or self.schedule is None: return label >= 0
         return label in self.schedule.wanted
 

@@ -189,7 +189,7 @@ def best(
 def least_limit(
     order:Order,
 ) -> int: # Bytes
-    "Find, to 2 %, the least limit that needs no copies"
+    "Find, to 2 %, the least limit that holds without copies"
     most = max([s.base+s.grow for s in order.steps])
     lo,hi = 0,most
     while hi-lo > most/50:
@@ -203,7 +203,7 @@ def least_limit(
 def moved_bytes(
     order:Order,          # Of a block: `pager.order`
     budget:int,           # Bytes
-    policy:str='belady',  # 'belady': needed last leaves; 'lru': least recently used leaves; 'remake': or is made again
+    policy:str='belady',  # 'belady': needed last leaves; 'lru': least recently used leaves; 'remake': or made again
 ) -> int: # Bytes copied out and in, with the return at the end
     "Count the bytes that demand paging would move in a block. Raises `ValueError` if `policy` is not one of these"
     if policy not in ('belady','lru','remake'): raise ValueError(

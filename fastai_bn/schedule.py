@@ -48,7 +48,7 @@ class Schedule:
     "Schedule the moves of a block, from the replay of an order"
     def __init__(self,
         order:Order,
-        limit:int|None, # Bytes; None: the least limit that needs no copies
+        limit:int|None, # Bytes; None: the least limit that holds without copies
         remake:bool=True, # Make storages again where that is cheaper?
     ):
         self.order,self.given,self.moves = order,limit,{}  # `moves`: by step

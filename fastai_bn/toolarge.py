@@ -1,7 +1,7 @@
 """Warn when a single operation does not fit into the budget
 
 An operation that does not fit into the budget alone runs nevertheless, and a warning names it when the block ends. In
-lock step it may fit. The warning says which `micro_bs` that takes: the most rows that would have fitted at once.
+lock step it may fit. The warning names a `micro_bs`: the most rows that would have fitted at once.
 
 You need this page to understand or to change these warnings. To use the pager (`fastai_bn.paging`) you do not.
 

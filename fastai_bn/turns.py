@@ -176,7 +176,7 @@ class _Layer:
 
 # %% ../nbs/21_turns.ipynb #2625672d
 class _Meeting:
-    "Merge and normalise in a call of a BN layer, in which all `n` micro-batches meet"
+    "Merge the moments of all `n` micro-batches in a call of a BN layer, and normalise each"
     def __init__(self, n:int):
         self.given = [None]*n # By micro-batch: the number of values per channel, and (mean, variance)
         self.stats = None     # Mean and variance of all micro-batches
@@ -217,7 +217,7 @@ class LockStep:
 
     @contextmanager
     def patched(self):
-        "Make BN layers that normalise by the batch wait for each other, inside the context"
+        "Make runs wait for each other at BN layers that normalise by the batch, inside the context"
         with kept(self.layers.values()):
             for k,m in self.layers.items():
                 m.__dict__['forward'] = self.forward(_Layer(k, m))
