@@ -4,7 +4,7 @@ from pathlib import Path
 from fastai.vision.all import GradientAccumulation
 from matplotlib import rc_context
 from fastai_bn.all import AccumulateGradBN
-from fastai_bn.picture import memory as counted, picture
+from fastai_bn.picture import count_memory, picture
 from bench.common import images, learner
 from bench.results import RESULTS, Table, load
 
@@ -29,7 +29,7 @@ CARDS = 'T4','V100','A100'
 def memory(data, seed, a):
     "Peaks of a ResNet-50's activations, and its windows' seconds on cards that are not there, modelled"
     for card in CARDS:
-        for row in counted(BS, N_STEP, card=card).to_dict('records'): yield dict(card=card, **row)
+        for row in count_memory(BS, N_STEP, card=card).to_dict('records'): yield dict(card=card, **row)
 
 def draw(folder:Path=FILES):
     "Draw the stored results, for light and for dark pages"
