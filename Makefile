@@ -12,7 +12,7 @@ export MPLBACKEND ?= agg
 
 .PHONY: demo test quick pytest notebooks outputs sync check bench docs docs-serve test-docs setup clean
 demo: $(READY)
-	@$(BIN)/python -W ignore::FutureWarning:torch.jit._script -m fastai_bn.demo $(ARGS)
+	@$(BIN)/python -m fastai_bn.demo $(ARGS)
 
 test: pytest notebooks check
 

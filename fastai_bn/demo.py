@@ -26,19 +26,23 @@ Docs: the notebook nbs/60_demo.ipynb"""
 
 # %% ../nbs/60_demo.ipynb #5722d67b
 from __future__ import annotations
-import argparse, os, sys, time
+import argparse, math, os, sys, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
-from fastai.callback.progress import ProgressCallback
-from fastai.vision.all import *
+
+with warnings.catch_warnings():
+    # Of torch.jit, when fastai is imported: nothing that who runs the demo could change
+    warnings.simplefilter('ignore', FutureWarning)
+    from fastai.callback.progress import ProgressCallback
+    from fastai.vision.all import *
 
 from .accumulate import AccumulateGradBN
 from .draw import make_hpa
 from .hpa import HPADataLoaders
-from .picture import memory, picture
+from .picture import count_memory, picture
 from .precise import precise_bn
 
 # %% auto #0
@@ -67,6 +71,7 @@ def _dls(a:argparse.Namespace, bs:int) -> DataLoaders:
     else: dls = HPADataLoaders.from_folder(a.data or _generated(a.size, 0), a.size, seed=0, **kw)
     if not len(dls.train): raise ValueError(
         f"The training set must have a batch of {bs} images, got {len(dls.train_ds)}. Use a smaller --bs or --n-step")
+    if not len(dls.valid_ds): raise ValueError("The validation set must have images, got none. Add images to valid/")
     return dls
 
 # %% ../nbs/60_demo.ipynb #3ff6496b
@@ -75,7 +80,9 @@ def _image_dls(a:argparse.Namespace, kw:dict) -> DataLoaders:
     if not get_image_files(a.images):
         raise FileNotFoundError(f"{a.images} must have images, got none. Give a folder of images in a folder per class")
     split = {} if (Path(a.images)/'train').is_dir() else dict(valid_pct=.2, seed=0)
-    return ImageDataLoaders.from_folder(a.images, item_tfms=Resize(a.size), **split, **kw)
+    dls = ImageDataLoaders.from_folder(a.images, item_tfms=Resize(a.size), **split, **kw)
+    if dls.c < 2: raise ValueError(f"{a.images} must have a folder for each of several classes, got {list(dls.vocab)}")
+    return dls
 
 # %% ../nbs/60_demo.ipynb #06876253
 def macro_f1(
@@ -137,19 +144,19 @@ def _score(learn:Learner) -> dict:
     with learn.no_bar(), learn.no_logging():
         loss = learn.validate()[0]
         p,y = learn.get_preds()
-    res = dict(valid_loss=loss, macro_f1=macro_f1(p, y))
-    if y.dim() == 1: res['accuracy'] = (p.argmax(1) == y).float().mean().item()
-    return res
+    accuracy = dict(accuracy=(p.argmax(1) == y).float().mean().item()) if y.dim() == 1 else {}
+    return dict(valid_loss=loss, macro_f1=macro_f1(p, y), **accuracy)
 
 # %% ../nbs/60_demo.ipynb #7f0a27e3
 @dataclass
 class _Trained:
-    "What a way to train gave: the row of the table, its learner, and the weights that it ended with"
+    "What a way to train gave: title and row of the table, the learner, and the weights that it ended with"
+    title:str
     row:dict
     learn:Learner
     weights:Tensor
 
-def _train(a:argparse.Namespace, bs:int, cbs=()) -> _Trained:
+def _train(a:argparse.Namespace, title:str, bs:int, cbs=()) -> _Trained:
     "Train from the seed, and measure"
     set_seed(a.seed)
     learn = _learner(_dls(a, bs), cbs)
@@ -157,34 +164,43 @@ def _train(a:argparse.Namespace, bs:int, cbs=()) -> _Trained:
     learn.fit_one_cycle(a.epochs, a.lr)
     seconds = time.perf_counter()-start
     row = dict(train_loss=learn._log.losses[-1], **_score(learn), seconds=seconds, steps=learn._log.steps)
-    return _Trained(row, learn, torch.cat([p.detach().flatten().cpu() for p in learn.model.parameters()]))
+    return _Trained(title, row, learn, torch.cat([p.detach().flatten().cpu() for p in learn.model.parameters()]))
 
 # %% ../nbs/60_demo.ipynb #5d10c915
 def _ways(a:argparse.Namespace) -> dict[str,tuple]:
-    "List the ways to train: batch size and callbacks of each. The first is what the others are compared with"
-    small,window = f'{a.bs} x {a.n_step}',AccumulateGradBN(a.n_step, bn_bs='window', last='drop')
-    return {f'batch of {a.bs*a.n_step}': (a.bs*a.n_step, ()),
-            f'{small}, GradientAccumulation': (a.bs, GradientAccumulation(a.bs*a.n_step)),
-            f'{small}, AccumulateGradBN': (a.bs, AccumulateGradBN(a.n_step)),
-            f"{small}, AccumulateGradBN(bn_bs='window')": (a.bs, window)}
+    "List the ways to train: title, batch size and callbacks of each. `large` is what the others are compared with"
+    n,small = a.bs*a.n_step,f'{a.bs} x {a.n_step}'
+    window = AccumulateGradBN(a.n_step, bn_bs='window', last='drop')
+    return dict(large=(f'batch of {n}', n, ()),
+                plain=(f'{small}, GradientAccumulation', a.bs, GradientAccumulation(n)),
+                ours=(f'{small}, AccumulateGradBN', a.bs, AccumulateGradBN(a.n_step)),
+                window=(f"{small}, AccumulateGradBN(bn_bs='window')", a.bs, window))
 
 # %% ../nbs/60_demo.ipynb #fc30de00
-_PRECISE = '    the same, then precise_bn()'
+def _then_precise(t:_Trained) -> _Trained:
+    "Replace the running statistics of a trained model, and measure again"
+    start = time.perf_counter()
+    with t.learn.no_bar(): t.learn.precise_bn()
+    row = {**t.row, **_score(t.learn), 'seconds':t.row['seconds']+time.perf_counter()-start}
+    return _Trained('    the same, then precise_bn()', row, t.learn, t.weights)
 
-def _fits(a:argparse.Namespace, ways:dict) -> dict[str,_Trained]:
-    "Train each way, and say which one it is"
-    fits = {}
-    for i,(name,(bs,cbs)) in enumerate(ways.items()):
-        print(f'\n[{i+1}/{len(ways)}] {name}', flush=True)
-        t = fits[name] = _train(a, bs, cbs)
-        if i != 2: continue
-        start = time.perf_counter()
-        with t.learn.no_bar(): t.learn.precise_bn()
-        seconds = t.row['seconds']+time.perf_counter()-start
-        fits[_PRECISE] = _Trained({**t.row, **_score(t.learn), 'seconds':seconds}, t.learn, t.weights)
+def _fits(a:argparse.Namespace) -> dict[str,_Trained]:
+    "Train each way; `precise` is `ours` after `precise_bn`"
+    ways,fits = _ways(a),{}
+    for i,(key,way) in enumerate(ways.items(), 1):
+        print(f'\n[{i}/{len(ways)}] {way[0]}', flush=True)
+        fits[key] = _train(a, *way)
+        if key == 'ours': fits['precise'] = _then_precise(fits[key])
     return fits
 
 # %% ../nbs/60_demo.ipynb #36e98556
+def _change(value:float, base:float) -> str:
+    "Compare a loss with another"
+    percent = 100*(value-base)/base if base else math.nan
+    if not math.isfinite(percent): return f'{value:.3g} instead of {base:.3g}'
+    if abs(percent) < .5: return 'about the same'
+    return f'{abs(percent):.0f} % {"higher" if percent > 0 else "lower"}'
+
 def _distance(t:_Trained, base:_Trained) -> str:
     "Compare weights with those of the real batch"
     if t is base: return '-'
@@ -193,37 +209,37 @@ def _distance(t:_Trained, base:_Trained) -> str:
 
 def _readable(fits:dict[str,_Trained]) -> str:
     "Write the table in words"
-    base = next(iter(fits.values()))
     names = dict(train_loss='training loss', valid_loss='validation loss', macro_f1='macro F1', accuracy='accuracy')
-    rows = {k:{v:f'{t.row[c]:.3f}' for c,v in names.items() if c in t.row} for k,t in fits.items()}
-    for k,t in fits.items():
-        rows[k] |= {'weights against row 1':_distance(t, base), 'time':f'{t.row["seconds"]:.0f} s'}
-    table = pd.DataFrame(rows).T
-    table.index = [k.ljust(max(map(len, rows))) for k in rows]
-    return table.to_string()
+    rows = []
+    for t in fits.values():
+        scores = {v:f'{t.row[c]:.3f}' for c,v in names.items() if c in t.row}
+        rows.append({**scores, 'weights against row 1':_distance(t, fits['large']), 'time':f'{t.row["seconds"]:.0f} s'})
+    titles = [t.title for t in fits.values()]
+    return pd.DataFrame(rows, index=[o.ljust(max(map(len, titles))) for o in titles]).to_string()
 
 # %% ../nbs/60_demo.ipynb #42d104de
 def _story(a:argparse.Namespace, fits:dict[str,_Trained]) -> str:
     "Say what the table shows"
-    base,plain,_,_,window = fits.values()
-    n,change = a.bs*a.n_step,100*(plain.row['valid_loss']/base.row['valid_loss']-1)
-    worse = f'{abs(change):.0f} % {"higher" if change > 0 else "lower"}'
-    if torch.equal(window.weights, base.weights): end = f'It ended with the weights of the batch of {n}, bit for bit.'
-    else: end = f'Its weights are {_distance(window, base)} from those of the batch of {n}.'
+    large,window,n = fits['large'],fits['window'],a.bs*a.n_step
+    change = _change(fits['plain'].row['valid_loss'], large.row['valid_loss'])
+    if torch.equal(window.weights, large.weights): end = f'It ended with the weights of the batch of {n}, bit for bit.'
+    else: end = f'Its weights are {_distance(window, large)} from those of the batch of {n}.'
     return f"""Each optimizer step has {n} images, in the same order and from the same weights. Only BatchNorm differs.
+Lower losses and a higher macro F1 (the mean over labels, up to 1) are better.
 
-* In a batch of {n}, BatchNorm normalises with the statistics of {n} images. Lower losses are better.
+* In a batch of {n}, BatchNorm normalises with the statistics of {n} images.
 * {a.bs} x {a.n_step} fits into less memory, but BatchNorm sees {a.bs} at a time. That is another training:
-  its validation loss is {worse}.
-* precise_bn() changes no weight. It replaces the moving averages that inference uses by the statistics of the data.
+  its validation loss is {change}.
+* AccumulateGradBN trains the same weights, and updates the running statistics once per step.
+* precise_bn() changes no weight. It replaces the running statistics by those of the data.
 * bn_bs='window' normalises with all {n} images. {end}"""
 
 # %% ../nbs/60_demo.ipynb #fbeab595
 def _memory_lines(a:argparse.Namespace, taken:pd.DataFrame) -> str:
     "Write what activations take"
     names = dict(whole=f'batch of {a.bs*a.n_step}', accumulated=f'{a.bs} x {a.n_step}, BatchNorm over {a.bs}')
-    rows = [(names.get(r.way, f"bn_bs='window', budget {r.budget} of that"), r.peak/2**30) for r in taken.itertuples()]
-    lines = [f'    {k:<36}{v:6.2f} GiB' for k,v in rows]
+    titles = [names.get(r.way, f"bn_bs='window', budget {r.budget} of the batch") for r in taken.itertuples()]
+    lines = [f'    {k:<38}{v/2**30:6.2f} GiB' for k,v in zip(titles, taken.peak)]
     head = f'Activations of a ResNet-50 on {a.bs*a.n_step} images of 224 pixels, counted, not allocated:'
     return '\n'.join([head, *lines])
 
@@ -237,14 +253,15 @@ def run(
     Raises whatever `HPADataLoaders.from_folder` raises of `a.data`."""
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
-    fits = _fits(a, _ways(a))
-    table,taken = pd.DataFrame({k:t.row for k,t in fits.items()}).T.astype(dict(steps=int)),memory(a.bs, a.n_step)
-    shown = [list(fits)[i] for i in (0,1,4)]
-    fig = picture({k:fits[k].learn._log.losses for k in shown}, taken, a.bs, a.n_step)
-    fig.savefig(out/'demo.png', dpi=110, facecolor='white')
+    fits = _fits(a)
+    print(f'\n{_readable(fits)}\n\n{_story(a, fits)}\n')
+    taken = count_memory(a.bs, a.n_step)
+    print(_memory_lines(a, taken), '\n')
+    table = pd.DataFrame({t.title:t.row for t in fits.values()}).T.astype(dict(steps=int))
     table.to_csv(out/'demo.csv')
     taken.to_csv(out/'memory.csv', index=False)
-    print(f'\n{_readable(fits)}\n\n{_story(a, fits)}\n\n{_memory_lines(a, taken)}\n')
+    curves = {fits[k].title:fits[k].learn._log.losses for k in ('large','plain','window')}
+    picture(curves, taken, a.bs, a.n_step).savefig(out/'demo.png', dpi=110, facecolor='white')
     print(f'Picture and tables: {out/"demo.png"}, {out/"demo.csv"}, {out/"memory.csv"}')
     return table
 
@@ -274,8 +291,8 @@ def main(
     "Run `python -m fastai_bn.demo`. Errors in the data or the arguments are a line and exit status 2, not a traceback"
     p = parser()
     a = p.parse_args(args)
-    for k in 'epochs size n_step bs'.split():
-        if (v := getattr(a, k)) < 1: p.error(f"--{k.replace('_','-')} must be an integer >= 1, got {v}")
+    for k,least in dict(epochs=1, size=1, n_step=2, bs=1).items():
+        if (v := getattr(a, k)) < least: p.error(f"--{k.replace('_','-')} must be an integer >= {least}, got {v}")
     try: run(a)
     except (ValueError, OSError) as e: p.exit(2, f'\n{p.prog}: {e}\n')
 

@@ -4,7 +4,11 @@ The project in one picture, which the README shows and the demo ends in. On the 
 batch of 32, of 16 micro-batches of 2, and of the same micro-batches with BatchNorm (BN) over all 32. On the right is
 the device memory that the activations of a large batch take under several budgets.
 
-`picture` draws both from numbers, whoever measured them. `memory` measures the right half without a device.
+```python
+fig = picture(losses, count_memory(bs=2, n_step=16))   # losses: by way, a number for each epoch
+```
+
+`picture` draws both from numbers, whoever measured them. `count_memory` counts the right half without a device.
 
 Docs: the notebook nbs/60a_picture.ipynb"""
 
@@ -18,25 +22,25 @@ import pandas as pd
 import torch.nn.functional as F
 from fastai.vision.all import plt, resnet50, torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from .plan import memory_plan
 
 # %% auto #0
-__all__ = ['memory', 'picture']
+__all__ = ['count_memory', 'picture']
 
 # %% ../nbs/60a_picture.ipynb #c2cf99bd
 _BUDGETS = '3/4','1/2','1/4'
 
-def memory(
+def count_memory(
     bs:int=2,      # Images in a micro-batch
     n_step:int=16, # Micro-batches in a window
     size:int=224,  # Height and width of the images in pixels
     card:str|None=None, # Name of a virtual device, for `seconds`
 ) -> pd.DataFrame: # `way`; `budget`, a share of the large batch's peak or ''; `peak` in bytes; modelled `seconds`
-    """Count what the activations of a ResNet-50 take: of the large batch, of micro-batches, and under three budgets.
+    """Count what a ResNet-50's activations take: those of the large batch, of micro-batches, and under three budgets.
 
-    It allocates nothing. Raises `ValueError` as `memory_plan` does."""
+    Allocates nothing. Raises `ValueError` as `memory_plan` does."""
     n = bs*n_step
     x,y = torch.empty(n, 3, size, size, device='meta'),torch.empty(n, dtype=torch.long, device='meta')
     plan = memory_plan(resnet50(), x, F.cross_entropy, y, n_step=n_step, card=card)
@@ -46,23 +50,27 @@ def memory(
 
 # %% ../nbs/60a_picture.ipynb #9e250b9e
 _COLOURS = '#5468d4','#e8710a','#00a389' # the batch of 32, plain accumulation, 'window'
+_STYLES = (dict(ls='-', marker='.', lw=2.5), dict(ls='-', marker='s', ms=5),
+           dict(ls='', marker='o', ms=11, mfc='none', mew=2))
 
-def _losses(ax, losses:dict, ink:str):
-    "Draw training losses; the last way is drawn as rings on top of the first"
-    styles = dict(zip(losses, (dict(ls='-', lw=2.5), dict(ls='-', marker='s', ms=5),
-                               dict(ls='', marker='o', ms=11, mfc='none', mew=2))))
-    for (way,runs),c in zip(losses.items(), _COLOURS):
-        runs = np.atleast_2d(np.asarray(runs, dtype=float))
-        epochs = range(1, runs.shape[1]+1)
-        ax.plot(epochs, runs.mean(0), c=c, label=way, **styles[way])
-        ax.fill_between(epochs, runs.min(0), runs.max(0), color=c, alpha=.15, lw=0)
-    ax.set_title('training loss', color=ink, loc='left', fontweight='bold')
+def _log_scale(ax):
+    "Draw on a log scale, with plain numbers. Losses that are zero or not finite have none"
     ax.set_yscale('log')
     ax.yaxis.set_major_locator(LogLocator(subs=(1,2,5)))
     ax.yaxis.set_major_formatter('{x:g}')
     ax.yaxis.set_minor_formatter(NullFormatter())
+
+def _losses(ax, losses:dict, ink:str):
+    "Draw training losses; the last way is drawn as rings on top of the first"
+    runs = {way:np.atleast_2d(np.asarray(o, dtype=float)) for way,o in losses.items()}
+    for (way,r),c,style in zip(runs.items(), _COLOURS, _STYLES):
+        epochs = range(1, r.shape[1]+1)
+        ax.plot(epochs, r.mean(0), c=c, label=way, **style)
+        ax.fill_between(epochs, r.min(0), r.max(0), color=c, alpha=.15, lw=0)
+    ax.set_title('training loss', color=ink, loc='left', fontweight='bold')
     ax.set_xlabel('epoch', color=ink)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if all((r > 0).all() for r in runs.values()): _log_scale(ax)
     ax.legend(frameon=False, labelcolor=ink, fontsize=9.5)
 
 # %% ../nbs/60a_picture.ipynb #04f3dca2
@@ -70,13 +78,12 @@ def _memory(ax, taken:pd.DataFrame, bs:int, n_step:int, ink:str):
     "Draw peaks of activations in GiB, the largest first"
     names = {'whole':f'batch of {bs*n_step}', 'accumulated':f'{bs} x {n_step}, BN over {bs}'}
     colours = dict(zip(('whole','accumulated','budget'), _COLOURS))
-    order = sorted(range(len(taken)), key=lambda i: ('whole','budget','accumulated').index(taken.way[i]))
-    for y,i in enumerate(order):
-        row,gib = taken.loc[i],taken.peak[i]/2**30
-        ax.barh(y, gib, color=colours[row.way], height=.62)
+    rows = sorted(taken.itertuples(), key=lambda r: ('whole','budget','accumulated').index(r.way))
+    for y,r in enumerate(rows):
+        gib = r.peak/2**30
+        ax.barh(y, gib, color=colours[r.way], height=.62)
         ax.text(gib, y, f' {gib:.2f} GiB', va='center', color=ink, fontsize=9.5)
-    labels = [names.get(taken.way[i], f"'window', budget {taken.budget[i]}") for i in order]
-    ax.set_yticks(range(len(order)), labels)
+    ax.set_yticks(range(len(rows)), [names.get(r.way, f"'window', budget {r.budget}") for r in rows])
     ax.invert_yaxis()
     ax.set_xlim(0, taken.peak.max()/2**30*1.22)
     ax.set_title('memory of activations, ResNet-50', color=ink, loc='left', fontweight='bold')
@@ -85,7 +92,7 @@ def _memory(ax, taken:pd.DataFrame, bs:int, n_step:int, ink:str):
 # %% ../nbs/60a_picture.ipynb #f20afc16
 def picture(
     losses:dict,         # Losses by epoch, [E] or [seeds, E], of three ways: large batch, micro-batches, window
-    taken:pd.DataFrame,  # As `memory` gives it
+    taken:pd.DataFrame,  # As `count_memory` gives it
     bs:int=2,            # Images in a micro-batch
     n_step:int=16,       # Micro-batches in a window
     dark:bool=False,     # For a dark page?

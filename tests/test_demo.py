@@ -52,7 +52,7 @@ def test_in_a_terminal_there_are_bars(tmp_path, monkeypatch, capsys):
     assert '\r' in out and 'epoch 1 of' not in out
 
 def test_the_table_says_whose_weights_are_the_same(printed):
-    rows = {line[:44].strip():line for line in printed.splitlines() if re.search(r' \d+ s$', line) and '0.' in line}
+    rows = {line[:44].strip():line for line in printed.splitlines() if re.search(r' 0\.\d+ .* \d+ s$', line)}
     same = {k:'the same bits' in v for k,v in rows.items() if not k.startswith('epoch')}
     assert same == {'batch of 8':False, '2 x 4, GradientAccumulation':False, '2 x 4, AccumulateGradBN':False,
                     'the same, then precise_bn()':False, "2 x 4, AccumulateGradBN(bn_bs='window')":True}
@@ -60,15 +60,33 @@ def test_the_table_says_whose_weights_are_the_same(printed):
 
 def trained(loss, *weights):
     row = dict(train_loss=loss, valid_loss=loss, macro_f1=.5, seconds=1., steps=2)
-    return demo._Trained(row, None, torch.tensor(weights))
+    return demo._Trained('t', row, None, torch.tensor(weights))
 
 def test_the_story_is_made_of_the_numbers():
     "Where accumulation does better, or a device has other bits, it says so"
     a,base = demo.parser().parse_args([]),trained(1., 3., 4.)
-    def story(plain, window): return demo._story(a, dict(enumerate([base, plain, plain, plain, window])))
+    def story(plain, window): return demo._story(a, dict(large=base, plain=plain, window=window))
     assert '25 % higher' in story(trained(1.25, 0., 0.), base) and 'bit for bit' in story(base, base)
     other = story(trained(.5, 0., 0.), trained(1., 3., 4.05))
     assert '50 % lower' in other and 'bit for bit' not in other and 'off by 1 %' in other
+
+@pytest.mark.parametrize('value,base,want', [
+    (1.1, 1., '10 % higher'), (1.001, 1., 'about the same'), (0., 0., '0 instead of 0'),
+    (float('nan'), 1., 'nan instead of 1'), (1., float('inf'), '1 instead of inf')])
+def test_losses_are_compared_also_if_odd(value, base, want): assert demo._change(value, base) == want
+
+@pytest.mark.parametrize('folders,msg', [
+    (['a'], 'several classes'),                    # one class
+    (['train/a','train/b'], 'The validation set must have images')])
+def test_folders_that_cannot_be_compared_are_a_line(folders, msg, tmp_path, capsys):
+    "Found before anything is trained"
+    for d in folders:
+        (tmp_path/'d'/d).mkdir(parents=True)
+        for k in range(10): Image.new('L', (20,20)).save(tmp_path/'d'/d/f'{k}.png')
+    with pytest.raises(SystemExit) as e:
+        demo.main(f'--images {tmp_path}/d --size 32 --bs 1 --n-step 2 --out {tmp_path}/out'.split())
+    said = capsys.readouterr()
+    assert e.value.code == 2 and msg in said.err and 'epoch 1' not in said.out
 
 @pytest.mark.parametrize('split', [True, False])
 def test_on_an_image_folder(tmp_path, split, capsys):
@@ -106,7 +124,7 @@ def test_a_broken_image_is_a_line(tmp_path, capsys):
     assert 'png' in capsys.readouterr().err
 
 @pytest.mark.parametrize('args,msg', [
-    ('--epochs 0','--epochs must be'), ('--n-step 0','--n-step must be'), ('--bs -1','--bs must be'),
+    ('--epochs 0','--epochs must be'), ('--n-step 1','--n-step must be an integer >= 2'), ('--bs -1','--bs must be'),
     ('--data /nowhere','train.csv'), ('--images /nowhere','/nowhere must have images'),
     ('--data a --images b','not allowed'), ('--out /dev/null','/dev/null'), ('--size x','--size'),
 ])
