@@ -1,6 +1,5 @@
 """Gradient accumulation of 16 micro-batches of 2 images (2 x 16) steps like a batch of 32, but BatchNorm (BN) still
-normalises over 2 images. `fastai_bn` gives users of [fastai](https://docs.fast.ai) the large batch itself, bit for bit
-where kernels are deterministic, as on a CPU. A budget says how much memory it may take.
+normalises over 2 images; `fastai_bn` gives users of [fastai](https://docs.fast.ai) the large batch itself.
 
 ```python
 # one optimizer step, and one update of the running statistics, for 16 micro-batches

@@ -27,8 +27,8 @@ def test_readme():
 
 def test_without_a_site_readme_links_to_files_of_the_clone():
     "The notebook that an anchor would be in shows on every forge; the anchor does not"
-    cell = md('[a](05_accumulate.ipynb#b) [c](benchmarks/index.ipynb) [d](../CHANGELOG.md) [e](https://x/f.ipynb)')
-    assert clone(cell) == ('[a](nbs/05_accumulate.ipynb) [c](nbs/benchmarks/index.ipynb) [d](CHANGELOG.md) '
+    cell = md('[a](05_accumulate.ipynb#b) [c](benchmarks/index.ipynb) [d](../CHANGELOG.md#new) [e](https://x/f.ipynb)')
+    assert clone(cell) == ('[a](nbs/05_accumulate.ipynb) [c](nbs/benchmarks/index.ipynb) [d](CHANGELOG.md#new) '
                            '[e](https://x/f.ipynb)\n')
 
 def test_files_of_the_root():
@@ -38,6 +38,7 @@ def test_files_of_the_root():
     assert '[`c`](https://x.org/r/blob/main/CITATION.cff)' in there
 
 def test_pictures_in_light_and_dark():
+    assert 'alt="&quot;A&quot;"' in clone(md('![&quot;A&quot;](images/net-light.svg)'.replace('&quot;', '"')))
     cell = md('![A net](images/net-light.svg)')
     assert site(cell)[0] == '![A net](images/net-light.svg#only-light)\n![A net](images/net-dark.svg#only-dark)\n'
     assert clone(cell) == ('<picture>\n'
@@ -46,7 +47,8 @@ def test_pictures_in_light_and_dark():
 
 def test_hidden_prose_is_hidden():
     assert site(md('#| hide\n#| export\nno'), md('#| export\nyes'))[0] == 'yes\n'
-    assert clone(md('#| hide\nno'), md('yes')) == 'yes\n'
+    assert clone(md('#| export\n#| hide\nno'), md('yes')) == 'yes\n'
+    assert clone(md('#| export\nThis\n#| hide\nis code of a page')).startswith('This')
 
 def test_readme_shows_tables_as_text_and_no_pictures():
     cell = code('t', shown(text_html='<table></table>', text_plain='a  b'))

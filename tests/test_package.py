@@ -20,7 +20,7 @@ import fastai_bn
 import fastai_bn.all
 import readme
 from helpers import MODULES, ROOT, public_names, public_object
-from nb2md import page
+from nb2md import convert, page
 
 NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
 API = ['AccumulateGradBN','Window','capture_moments','keep_running_stats','ActivationPager','MicroBatched',
@@ -147,34 +147,56 @@ def test_modules_and_package_say_what_they_are():
     for m in MODULES:
         doc = importlib.import_module(f'fastai_bn.{m}').__doc__
         notebook = next(ROOT.glob(f'nbs/*_{m}.ipynb')).relative_to(ROOT).as_posix()
-        assert doc.count('\n\n') >= 2 and f'Docs: the notebook {notebook}' in doc, m
-        assert doc.count('.ipynb') == 1 and ':::' not in doc, m
-        assert f'fastai_bn.{m}`: ' in llms and f'(Docs: the notebook {notebook})' in llms, m
+        url = readme.doc_url()
+        where = f'{url}/{m}.html.md' if url else f'the notebook {notebook}'
+        assert doc.count('\n\n') >= 2 and doc.endswith(f'\n\nDocs: {where}') and doc.count('Docs: ') == 1, m
+        assert ':::' not in doc and (f']({where}): ' if url else f'`fastai_bn.{m}`: ') in llms and where in llms, m
         assert f'`fastai_bn.{m}`' in fastai_bn.__doc__
 
 def test_readme_is_what_the_index_gives(): assert read('README.md') == readme.readme()
 
 def test_readme_is_short():
-    lines = read('README.md').splitlines()
+    "As it is without an address, which makes links longer"
+    lines = convert(json.loads(read('nbs/index.ipynb')), site=False)[0].splitlines()
     assert len(lines) <= 120 and max(map(len, lines)) <= 120
 
-def readme_links() -> list:
-    "What README leads to and shows, but for other people's sites"
-    text = read('README.md')
-    found = re.findall(r'\]\(([^)\s]+)\)', text) + re.findall(r'(?:src|srcset|href)="([^"]+)"', text)
-    return [o for o in found if not o.startswith(('https://docs.fast.ai','https://arxiv.org'))]
+def tracked() -> list:
+    "All files that git has"
+    names = subprocess.run(['git','ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [f for f in names if (ROOT/f).is_file()]
 
-def test_every_link_in_readme_leads_to_a_file_of_the_clone():
-    files = set(subprocess.run(['git','ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
-    assert len(readme_links()) > 20 and set(readme_links()) <= files
+def prose_of(f:str) -> str:
+    "Markdown of a page, or of a notebook's cells, without code"
+    text = read(f)
+    if f.endswith('.ipynb'):
+        cells = json.loads(text)['cells']
+        text = '\n\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+    return re.sub(r'^```.*?^```|`[^`\n]+`(?!\])', '', text, flags=re.M|re.S)
+
+def links_of(f:str) -> list:
+    "Where the links and pictures of a page lead, but for other people's sites"
+    text = prose_of(f)
+    found = re.findall(r'\]\(([^)\s]+)\)', text) + re.findall(r'(?:src|srcset|href)="([^"]+)"', text)
+    return [o.partition('#')[0] for o in found if not re.match(r'\w+:', o) and not o.startswith('#')]
+
+@pytest.mark.parametrize('f', [f for f in tracked() if f.endswith(('.md','.ipynb'))])
+def test_links_lead_to_files_of_the_clone(f):
+    here,files = (ROOT/f).parent,{(ROOT/o).resolve() for o in tracked()}
+    dead = [o for o in links_of(f) if (here/o).resolve() not in files]
+    assert not dead
+
+def test_readme_leads_to_notebooks_as_long_as_there_is_no_site():
+    there = [o for o in links_of('README.md') if o.endswith('.ipynb')]
+    assert len(there) > 15 if not readme.doc_url() else not there
 
 ADDRESS = re.compile(r'https?://[\w.-]*(?:fastai[-_]bn[\w.-]*|[\w.-]+/(?:[\w.-]+/)*fastai_bn)')
 
 def test_the_address_stands_in_one_place():
-    "Not in code, notebooks, README or metadata, but in pyproject.toml, which may give it"
-    files = subprocess.run(['git','ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    there = [f for f in files if f not in ('pyproject.toml','tests/test_package.py') and (ROOT/f).is_file()]
-    texts = {f:(ROOT/f).read_bytes().decode(errors='ignore') for f in there}
+    "pyproject.toml may give it; `make sync` writes it into modules, README and llms.txt, and nobody anywhere else"
+    may = r'pyproject\.toml|tests/test_package\.py'
+    if readme.doc_url(): may += r'|README\.md|nbs/llms\.txt|fastai_bn/\w+\.py'
+    by_hand = [f for f in tracked() if not re.fullmatch(may, f)]
+    texts = {f:(ROOT/f).read_bytes().decode(errors='ignore') for f in by_hand}
     assert not [f for f,text in texts.items() if ADDRESS.search(text)]
 
 def test_an_address_is_found():
@@ -186,14 +208,14 @@ def test_setting_the_address_turns_links_to_the_site(tmp_path):
     checkout(tmp_path)
     subprocess.run(['git','init','-q'], cwd=tmp_path, check=True)
     toml = (tmp_path/'pyproject.toml').read_text()
-    urls = '[project.urls]\nRepository = "https://x.org/r/fastai_bn"\nDocumentation = "https://x.org/d/"\n'
-    (tmp_path/'pyproject.toml').write_text(toml.replace('[project.urls]\n', urls))
+    urls = "[project.urls]\nRepository = 'https://x.org/r/fastai_bn'  # a forge\nDocumentation=\"https://x.org/d/\"\n"
+    (tmp_path/'pyproject.toml').write_text(re.sub(r'\[project\.urls\]\n(.+\n)*', urls, toml))
     subprocess.run([sys.executable, 'tools/sync.py'], cwd=tmp_path, check=True, capture_output=True)
     text = (tmp_path/'README.md').read_text()
     assert '.ipynb)' not in text and '](https://x.org/d/accumulate.html)' in text
     assert '](https://x.org/d/benchmarks/index.html)' in text
     doc = ast.get_docstring(ast.parse((tmp_path/'fastai_bn/accumulate.py').read_text()))
-    assert doc.endswith('Docs: https://x.org/d/accumulate.html.md')
+    assert doc.endswith('Docs: https://x.org/d/accumulate.html.md') and doc.count('Docs: ') == 1
     assert '[fastai_bn.accumulate](https://x.org/d/accumulate.html.md)' in (tmp_path/'nbs/llms.txt').read_text()
 
 def entries(nav):

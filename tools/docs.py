@@ -32,7 +32,7 @@ from fastai.callback.core import event
 from fastcore.docments import DocmentTbl, docments
 from nbdev.doclinks import NbdevLookup
 
-from nb2md import convert, outside_code, page
+from nb2md import convert, is_hidden, outside_code, page
 from readme import doc_url, project_url, root
 
 PROC,SRC,SITE = root/'_proc',root/'_docs_src',root/'_docs'
@@ -47,7 +47,7 @@ def source_of(name:str) -> str:
     "Link to the line where `name` is defined; say which it is, as long as the project has no address"
     url = NbdevLookup().code(name)
     if not url: return ''
-    file,line = re.search(r'(fastai_bn/\w+\.py)#L(\w+)$', url).groups()
+    file,line = re.search(r'(fastai_bn/\w+\.py)#L(\d+)$', url).groups()
     return f'[source]({url})' if project_url('Repository') else f'{file}, line {line}'
 
 def own_init(sym) -> bool: return not inspect.isclass(sym) or '__init__' in vars(sym)
@@ -174,7 +174,7 @@ class say_imports(nbdev.process.Processor):
 class hide_prose(nbdev.process.Processor):
     "nbdev hides code alone; what hidden prose says stands in docstrings"
     def begin(self):
-        self.nb.cells = [c for c in self.nb.cells if c.cell_type != 'markdown' or not c.source.startswith('#| hide')]
+        self.nb.cells = [c for c in self.nb.cells if c.cell_type != 'markdown' or not is_hidden(c.source)]
 
 class Pages(nbdev.serve.FilterDefaults):
     "nbdev's processing, with ours in front and in three places, and without the comment that pages are generated"

@@ -16,7 +16,7 @@ HIDDEN = {'hide','export','exporti','default_exp'}
 # Files of the root that have a page on the site
 ROOT_PAGES = 'CHANGELOG.md','CONTRIBUTING.md'
 NOTEBOOK_LINK = re.compile(r'\]\(([\w/.-]+)\.ipynb(#[^)]*)?\)')
-ROOT_LINK = re.compile(r'\[([^][]*)\]\(((?:\.\./)+)(?![\w.-]*\.ipynb)([\w.-]+)\)')
+ROOT_LINK = re.compile(r'\[([^][]*)\]\(((?:\.\./)+)(?![\w.-]*\.ipynb)([\w.-]+)(#[^)]*)?\)')
 # The light version is what a notebook shows
 PICTURE = re.compile(r'!\[([^]]*)\]\(([\w/.-]+)-light\.svg\)')
 FENCED = re.compile(r'(^(?:`{3,}|~~~).*?^(?:`{3,}|~~~)[ \t]*$)', re.M|re.S)
@@ -37,6 +37,10 @@ def unlinked(s:str) -> str:
     while s != before: before,s = s,re.sub(nested, r'\1\2', s)
     def plain(heading): return re.sub(r'\[(`[^`]+`)\]\([^)]*\)', r'\1', heading[0])
     return re.sub(r'^#+ .*', plain, s, flags=re.M)
+
+def is_hidden(s:str) -> bool:
+    "Tell whether `#| hide` is one of the directives with which prose begins"
+    return re.match(r'(?:#\|.*\n)*#\| hide\n', s) is not None
 
 def indented(s:str) -> str: return re.sub(r'^(?=.)', '    ', s, flags=re.M)
 def text(o) -> str: return o if isinstance(o, str) else ''.join(o)
@@ -74,9 +78,9 @@ class Writer:
 
     def root_link(self, m):
         "Link to a file of the repository's root; on the site it may have a page, or be out of reach"
-        words,up,file = m[1],m[2],m[3]
-        if not self.site: return f'[{words}]({file})'
-        if file in ROOT_PAGES: return f'[{words}]({up[3:]}{file.lower()})'
+        words,up,file,anchor = m[1],m[2],m[3],m[4] or ''
+        if not self.site: return f'[{words}]({file}{anchor})'
+        if file in ROOT_PAGES: return f'[{words}]({up[3:]}{file.lower()}{anchor})'
         return f'[{words}]({self.repository}/blob/main/{file})' if self.repository else words
 
     def two_pictures(self, m):
@@ -84,7 +88,8 @@ class Writer:
         words,path = m[1],m[2]
         if self.site: return f'![{words}]({path}-light.svg#only-light)\n![{words}]({path}-dark.svg#only-dark)'
         dark = f'<source media="(prefers-color-scheme: dark)" srcset="nbs/{path}-dark.svg">'
-        light = f'<img src="nbs/{path}-light.svg"\n       alt="{words}">'
+        alt = words.replace('"', '&quot;')
+        light = f'<img src="nbs/{path}-light.svg"\n       alt="{alt}">'
         return f'<picture>\n  {dark}\n  {light}\n</picture>'
 
     def links(self, s:str) -> str:
@@ -145,17 +150,16 @@ class Writer:
             elif (s := text(c['source'])).startswith('---'): yield self.title(yaml.safe_load(s.strip().strip('-')))
 
     def markdown(self, s:str) -> str:
-        head = re.match(r'(?:#\|.*\n)*', s)[0]
-        return '' if re.search(r'^#\| hide$', head, re.M) else self.prose(s[len(head):])
+        return '' if is_hidden(s) else self.prose(re.sub(r'\A(#\|.*\n)+', '', s))
 
     def title(self, front):
         "A page's title and, in the style of the site, its subtitle"
         self.heading = front['title']
         return f'# {front["title"]}\n\n{front["description"]}\n{{: .subtitle }}'
 
-def data_frame(html:str) -> str:
+def data_frame(markup:str) -> str:
     "Write a table without what pandas and GitHub style it with"
-    table = re.sub(r'<style.*?</style>| border="1"| class="dataframe"| style="[^"]*"', '', html, flags=re.S)
+    table = re.sub(r'<style.*?</style>| border="1"| class="dataframe"| style="[^"]*"', '', markup, flags=re.S)
     lines = [l.strip() for l in table.splitlines() if l.strip()]
     return '\n'.join(['<div class="output">', *lines, '</div>'])
 

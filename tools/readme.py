@@ -1,7 +1,9 @@
 "README.md from nbs/index.ipynb, and the project's address, which stands in pyproject.toml alone"
 import json
-import re
 from pathlib import Path
+
+try: import tomllib
+except ImportError: import tomli as tomllib  # Python 3.10, where nbdev needs it, too
 
 from nb2md import convert
 
@@ -10,9 +12,8 @@ root = Path(__file__).resolve().parent.parent
 def read(name:str) -> str: return (root/name).read_text(encoding='utf-8')
 
 def project_url(name:str) -> str:
-    "Find an address of `[project.urls]`; '' if the project has none yet"
-    found = re.search(rf'^{name} = "(.*?)/?"$', read('pyproject.toml'), re.M)
-    return found[1] if found else ''
+    "Find an address of `[project.urls]`, without a slash at its end; '' if the project has none yet"
+    return tomllib.loads(read('pyproject.toml'))['project']['urls'].get(name, '').rstrip('/')
 
 def doc_url() -> str:
     "Find the address of the site"

@@ -1,4 +1,5 @@
 "The picture on the first page: training losses of three ways, and the memory of a large batch under budgets"
+import hashlib
 from pathlib import Path
 
 from fastai.vision.all import GradientAccumulation
@@ -31,6 +32,10 @@ def memory(data, seed, a):
     for card in CARDS:
         for row in count_memory(BS, N_STEP, card=card).to_dict('records'): yield dict(card=card, **row)
 
+def digest() -> str:
+    "Hash the results that the picture is drawn from, so that a picture of others can be told"
+    return hashlib.sha256((RESULTS/'front.jsonl').read_bytes()).hexdigest()[:16]
+
 def draw(folder:Path=FILES):
     "Draw the stored results, for light and for dark pages"
     by_way = load('front', 'losses').pivot_table('train_loss', ['way','seed'], 'epoch', sort=False)
@@ -38,11 +43,12 @@ def draw(folder:Path=FILES):
     taken = load('front', 'memory')
     taken = taken[taken.card == CARDS[0]].reset_index(drop=True)
     folder.mkdir(parents=True, exist_ok=True)
+    about = dict(Date=None, Description=f'results {digest()}')
     for name,dark in ('light',False),('dark',True):
         fig = picture(curves, taken, BS, N_STEP, dark)
         # A drawing of the same numbers is the same file
         with rc_context({'svg.hashsalt':'fastai_bn'}):
-            fig.savefig(folder/f'front-{name}.svg', metadata=dict(Date=None), transparent=True)
+            fig.savefig(folder/f'front-{name}.svg', metadata=about, transparent=True)
 
 TABLES = dict(losses=Table(losses), memory=Table(memory, data=('resnet50',), seeds=None))
 

@@ -112,6 +112,33 @@ def samples(title:str) -> Figure:
     band(ax, df[df.n != 'moving averages'], 'n', 'valid_loss', color=OURS, marker='o', label='precise_bn(n)')
     return done(fig)
 
+def composition(title:str) -> Figure:
+    "Validation loss by what batches are made of"
+    df = load('precise_bn', 'composition')
+    df = df.assign(loss=(df['valid_loss A']+df['valid_loss B'])/2)
+    fig,ax = small(title, xlabel='statistics at inference', ylabel='validation loss')
+    short = {'moving averages':'averages', 'of both, batches mixed':'mixed', 'of each laboratory for itself':'own'}
+    for kind,c in ('mixed',PLAIN),('of one laboratory',OURS):
+        part = df[df.batches == kind].replace({'statistics':short})
+        band(ax, part, 'statistics', 'loss', color=c, marker='o', label=f'batches {kind}')
+    return done(fig)
+
+def population(title:str) -> Figure:
+    "Time beside a forward pass"
+    df = load('speed', 'population')
+    df = df[df.net == 'ResNet-18, bs 4'].fillna(dict(ratio=1)).set_index('way')
+    fig,ax = small(title, xlabel='time, to a forward pass')
+    bars(ax, df.ratio, '.2f', ['C7',OURS,PLAIN,OTHER])
+    return done(fig, legend=False)
+
+def exact(title:str) -> Figure:
+    "Largest errors of variances"
+    df = load('speed', 'exact')
+    worst = df[df.samples.str.startswith('float64')].groupby('way', sort=False).var_error.max()
+    fig,ax = small(title, xlabel="largest relative error of a variance, float64", xscale='log')
+    bars(ax, worst, '.0e', [OURS,PLAIN,OTHER])
+    return done(fig, legend=False)
+
 # U-Nets and single images
 
 NORMS = {'BN (unet_learner)':(PLAIN,'BN, unet_learner'), "GroupNorm, scope='all'":(OURS,'GroupNorm, gn_unet_learner'),
@@ -126,6 +153,15 @@ def dice(data:str, title:str) -> Figure:
         if (df.norm == k).any(): band(ax, df[df.norm == k], 'bs', 'dice', color=c, marker='o', label=label)
     ticks(ax, (1,2,4,8))
     return done(fig)
+
+def unet_cost(title:str) -> Figure:
+    "Time beside fastai's U-Net"
+    df = load('unet_norms', 'cost').fillna(dict(ratio=1)).set_index('way').ratio
+    ways = {'unet_learner':'unet_learner', 'unet_learner(norm_type=NormType.Batch)':'BN in the decoder',
+            "gn_unet_learner(scope='decoder')":"GN, 'decoder'", "gn_unet_learner(scope='all')":"GN, 'all'"}
+    fig,ax = small(title, xlabel="time, to unet_learner's")
+    bars(ax, df[list(ways)].rename(ways), '.2f', [PLAIN,LARGE,OURS,OURS])
+    return done(fig, legend=False)
 
 EXPOSURES = {'as they are':'as they are', '0.3 times as bright':'x 0.3', '2 times as bright, clipped':'x 2',
              'on a ground of 0.2':'+ 0.2', 'lab_shift=1':'other lab'}
@@ -146,6 +182,18 @@ def intensity(title:str) -> Figure:
     means = df.groupby('norm', sort=False).score.mean()
     fig,ax = small(title, xlabel='accuracy, .5 is a guess')
     bars(ax, means.rename({k:label for k,(_,label) in PER.items()}), '.2f', [PER[k][0] for k in means.index])
+    return done(fig, legend=False)
+
+def normalize_cost(title:str) -> Figure:
+    "Time beside peers"
+    df = load('image_norm', 'cost').fillna(dict(ratio=1))
+    df = df[df.dtype == 'float32'].set_index('way').ratio
+    ways = {'image_normalize(x)':'image_normalize', 'F.instance_norm':'F.instance_norm',
+            "albumentations Normalize('image_per_channel')":'albumentations',
+            'MONAI NormalizeIntensity(channel_wise=True)':'MONAI'}
+    ways = {k:v for k,v in ways.items() if k in df.index}
+    fig,ax = small(title, xlabel="time, to F.instance_norm's")
+    bars(ax, df[list(ways)].rename(ways), '.2f', [OURS,*['C7']*(len(ways)-1)])
     return done(fig, legend=False)
 
 # Speed and memory
@@ -197,6 +245,15 @@ def steps(title:str) -> Figure:
     fig,ax = small(title, xlabel="time of a step, to GradientAccumulation's")
     means = df.set_index('way').ratio.rename({WINDOW:"'window'"})
     bars(ax, means, '.2f', [PLAIN,LARGE,OURS])
+    return done(fig, legend=False)
+
+def conversion(title:str) -> Figure:
+    "Time of converting a ResNet-18, and whether it keeps what the layers have learnt"
+    df = load('speed', 'conversion').fillna(dict(ratio=1))
+    kept = ['keeps weights' if k else 'new weights' for k in df.weights_kept]
+    fig,ax = small(title, xlabel="time, to copy.deepcopy's")
+    names = [f'{way.split("(")[0]}\n{k}' for way,k in zip(df.way, kept)]
+    bars(ax, pd.Series(df.ratio.values, names), '.2f', [OURS if o.startswith('bn_to_gn') else 'C7' for o in names])
     return done(fig, legend=False)
 
 def by_hand(title:str) -> Figure:
