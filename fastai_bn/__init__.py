@@ -6,7 +6,7 @@ normalises over 2 images; `fastai_bn` gives users of [fastai](https://docs.fast.
 learn = Learner(dls, model, cbs=AccumulateGradBN(n_step=16))
 # or BN over all 16, too: the large batch itself, in the memory that the device has
 learn = Learner(dls, model, cbs=AccumulateGradBN(n_step=16, bn_bs='window', budget='auto'))
-# after either of them: population statistics in place of the moving average
+# after training: the data's statistics in place of BN's moving averages
 learn.precise_bn()
 ```
 

@@ -230,7 +230,7 @@ Lower losses and a higher macro F1 (the mean over labels, up to 1) are better.
 * In a batch of {n}, BatchNorm normalises with the statistics of {n} images.
 * {a.bs} x {a.n_step} fits into less memory, but BatchNorm sees {a.bs} at a time. That is another training:
   its validation loss is {change}.
-* AccumulateGradBN trains the same weights, and updates the running statistics once per step.
+* AccumulateGradBN trains the weights of GradientAccumulation, and updates the running statistics once per step.
 * precise_bn() changes no weight. It replaces the running statistics by those of the data.
 * bn_bs='window' normalises with all {n} images. {end}"""
 
@@ -239,7 +239,7 @@ def _memory_lines(a:argparse.Namespace, taken:pd.DataFrame) -> str:
     "Write what activations take"
     names = dict(whole=f'batch of {a.bs*a.n_step}', accumulated=f'{a.bs} x {a.n_step}, BatchNorm over {a.bs}')
     titles = [names.get(r.way, f"bn_bs='window', budget {r.budget} of the batch") for r in taken.itertuples()]
-    lines = [f'    {k:<38}{v/2**30:6.2f} GiB' for k,v in zip(titles, taken.peak)]
+    lines = [f'    {k:<42}{v/2**30:.2f} GiB' for k,v in zip(titles, taken.peak)]
     head = f'Activations of a ResNet-50 on {a.bs*a.n_step} images of 224 pixels, counted, not allocated:'
     return '\n'.join([head, *lines])
 
@@ -256,7 +256,7 @@ def run(
     fits = _fits(a)
     print(f'\n{_readable(fits)}\n\n{_story(a, fits)}\n')
     taken = count_memory(a.bs, a.n_step)
-    print(_memory_lines(a, taken), '\n')
+    print(f'{_memory_lines(a, taken)}\n')
     table = pd.DataFrame({t.title:t.row for t in fits.values()}).T.astype(dict(steps=int))
     table.to_csv(out/'demo.csv')
     taken.to_csv(out/'memory.csv', index=False)

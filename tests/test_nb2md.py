@@ -48,6 +48,7 @@ def test_pictures_in_light_and_dark():
 def test_hidden_prose_is_hidden():
     assert site(md('#| hide\n#| export\nno'), md('#| export\nyes'))[0] == 'yes\n'
     assert clone(md('#| export\n#| hide\nno'), md('yes')) == 'yes\n'
+    assert clone(md('#| hide: true\n#| export: true\nno'), md('yes')) == 'yes\n'  # as nbdev has it
     assert clone(md('#| export\nThis\n#| hide\nis code of a page')).startswith('This')
 
 def test_readme_shows_tables_as_text_and_no_pictures():

@@ -39,8 +39,8 @@ def unlinked(s:str) -> str:
     return re.sub(r'^#+ .*', plain, s, flags=re.M)
 
 def is_hidden(s:str) -> bool:
-    "Tell whether `#| hide` is one of the directives with which prose begins"
-    return re.match(r'(?:#\|.*\n)*#\| hide\n', s) is not None
+    "Tell whether `#| hide`, or `#| hide: true`, as nbdev writes it, is one of the directives with which prose begins"
+    return re.match(r'(?:#\|.*\n)*#\| hide(: true)?\n', s) is not None
 
 def indented(s:str) -> str: return re.sub(r'^(?=.)', '    ', s, flags=re.M)
 def text(o) -> str: return o if isinstance(o, str) else ''.join(o)
