@@ -71,7 +71,7 @@ def _dls(a:argparse.Namespace, bs:int) -> DataLoaders:
     else: dls = HPADataLoaders.from_folder(a.data or _generated(a.size, 0), a.size, seed=0, **kw)
     if not len(dls.train): raise ValueError(
         f"The training set must have a batch of {bs} images, got {len(dls.train_ds)}. Use a smaller --bs or --n-step")
-    if not len(dls.valid_ds): raise ValueError("The validation set must have images, got none. Add images to valid/")
+    if not len(dls.valid_ds): raise ValueError("The validation set must have images, got none. Give more images")
     return dls
 
 # %% ../nbs/60_demo.ipynb #3ff6496b
@@ -248,7 +248,7 @@ def run(
 ) -> pd.DataFrame:        # A row per way to train: losses, scores from 0 to 1, seconds, optimizer steps
     """Train five ways, print the table, write it and a picture to `a.out`.
 
-    Raises `ValueError` if there are fewer images to train with than `a.bs * a.n_step`.
+    Raises `ValueError` for fewer than `a.bs * a.n_step` images to train with, none to validate with, or one class.
     Raises `FileNotFoundError` if `a.images` has no image.
     Raises whatever `HPADataLoaders.from_folder` raises of `a.data`."""
     out = Path(a.out)

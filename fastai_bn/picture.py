@@ -17,10 +17,12 @@ Docs: the notebook nbs/60a_picture.ipynb"""
 # %% ../nbs/60a_picture.ipynb #f35f35dc
 from __future__ import annotations
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 import torch.nn.functional as F
-from fastai.vision.all import plt, resnet50, torch
+from fastai.vision.all import resnet50
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -35,14 +37,13 @@ _BUDGETS = '3/4','1/2','1/4'
 def count_memory(
     bs:int=2,      # Images in a micro-batch
     n_step:int=16, # Micro-batches in a window
-    size:int=224,  # Height and width of the images in pixels
     card:str|None=None, # Name of a virtual device, for `seconds`
 ) -> pd.DataFrame: # `way`; `budget`, a share of the large batch's peak or ''; `peak` in bytes; modelled `seconds`
-    """Count what a ResNet-50's activations take: those of the large batch, of micro-batches, and under three budgets.
+    """Count what a ResNet-50's activations take on images of 224 pixels: in one batch, accumulated, in three budgets.
 
     Allocates nothing. Raises `ValueError` as `memory_plan` does."""
     n = bs*n_step
-    x,y = torch.empty(n, 3, size, size, device='meta'),torch.empty(n, dtype=torch.long, device='meta')
+    x,y = torch.empty(n, 3, 224, 224, device='meta'),torch.empty(n, dtype=torch.long, device='meta')
     plan = memory_plan(resnet50(), x, F.cross_entropy, y, n_step=n_step, card=card)
     shares = dict(zip(plan.index[plan.way == 'budget'], _BUDGETS))
     return pd.DataFrame(dict(way=plan.way, budget=[shares.get(i, '') for i in plan.index], peak=plan.peak,

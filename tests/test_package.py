@@ -97,11 +97,14 @@ def test_everything_imported_is_required():
     others = used - required - {'fastai_bn','PIL','sklearn'} - set(sys.stdlib_module_names)
     assert not others
 
+def tracked() -> list:
+    "All files that git has"
+    names = subprocess.run(['git','ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [f for f in names if (ROOT/f).is_file()]
+
 def checkout(to):
     "Copy all files that git has, as they are now"
-    files = subprocess.run(['git','ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    for f in files:
-        if not (ROOT/f).is_file(): continue
+    for f in tracked():
         (to/f).parent.mkdir(parents=True, exist_ok=True)
         (to/f).write_bytes((ROOT/f).read_bytes())
 
@@ -160,33 +163,33 @@ def test_readme_is_short():
     lines = convert(json.loads(read('nbs/index.ipynb')), site=False)[0].splitlines()
     assert len(lines) <= 120 and max(map(len, lines)) <= 120
 
-def tracked() -> list:
-    "All files that git has"
-    names = subprocess.run(['git','ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [f for f in names if (ROOT/f).is_file()]
-
 def prose_of(f:str) -> str:
-    "Markdown of a page, or of a notebook's cells, without code"
-    text = read(f)
-    if f.endswith('.ipynb'):
-        cells = json.loads(text)['cells']
-        text = '\n\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
-    return re.sub(r'^```.*?^```|`[^`\n]+`(?!\])', '', text, flags=re.M|re.S)
+    "Markdown of a page, or of a notebook's cells"
+    if not f.endswith('.ipynb'): return read(f)
+    cells = json.loads(read(f))['cells']
+    return '\n\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
 
-def links_of(f:str) -> list:
-    "Where the links and pictures of a page lead, but for other people's sites"
-    text = prose_of(f)
+def links_in(text:str) -> list:
+    "Where links and pictures lead that are no code, but for other people's sites"
+    text = re.sub(r'^```.*?^```', '', text, flags=re.M|re.S)
+    text = re.sub(r'(`+)(?!`).+?(?<!`)\1(?!`)', '', text, flags=re.S)
     found = re.findall(r'\]\(([^)\s]+)\)', text) + re.findall(r'(?:src|srcset|href)="([^"]+)"', text)
     return [o.partition('#')[0] for o in found if not re.match(r'\w+:', o) and not o.startswith('#')]
+
+@pytest.mark.parametrize('text,links', [
+    ('[`f`](a.md) and [`g`](b.ipynb#x), [h](https://x.org/c.md), [i](#j)', ['a.md','b.ipynb']),
+    ('[over\n`two` lines](a.md) `[no](b.md)`', ['a.md']),
+    ('```\n[no](a.md)\n```\n![p](b.svg) <img src="c.svg" srcset="d.svg">', ['b.svg','c.svg','d.svg'])])
+def test_links_are_found(text, links): assert sorted(links_in(text)) == links
 
 @pytest.mark.parametrize('f', [f for f in tracked() if f.endswith(('.md','.ipynb'))])
 def test_links_lead_to_files_of_the_clone(f):
     here,files = (ROOT/f).parent,{(ROOT/o).resolve() for o in tracked()}
-    dead = [o for o in links_of(f) if (here/o).resolve() not in files]
+    dead = [o for o in links_in(prose_of(f)) if (here/o).resolve() not in files]
     assert not dead
 
 def test_readme_leads_to_notebooks_as_long_as_there_is_no_site():
-    there = [o for o in links_of('README.md') if o.endswith('.ipynb')]
+    there = [o for o in links_in(read('README.md')) if o.endswith('.ipynb')]
     assert len(there) > 15 if not readme.doc_url() else not there
 
 ADDRESS = re.compile(r'https?://[\w.-]*(?:fastai[-_]bn[\w.-]*|[\w.-]+/(?:[\w.-]+/)*fastai_bn)')

@@ -41,7 +41,7 @@ def draw(folder:Path=FILES):
     by_way = load('front', 'losses').pivot_table('train_loss', ['way','seed'], 'epoch', sort=False)
     curves = {k:by_way.loc[k].to_numpy() for k in (LARGE,PLAIN,WINDOW)}
     taken = load('front', 'memory')
-    taken = taken[taken.card == CARDS[0]].reset_index(drop=True)
+    taken = taken[taken.card == CARDS[0]]
     folder.mkdir(parents=True, exist_ok=True)
     about = dict(Date=None, Description=f'results {digest()}')
     for name,dark in ('light',False),('dark',True):
